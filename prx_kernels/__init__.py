@@ -1,0 +1,23 @@
+"""Kernels for diffusion transformers: token routing, x-prediction loss, counter-based noise.
+
+Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definition in `prx_kernels.reference`.
+"""
+
+from .pixel_loss import unpatchify, x_prediction_loss
+from .reference import kept_tokens, patchify, philox_normal
+from .token_routing import enter_route, exit_route, gather_tokens, sample_keep, scatter_tokens
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "enter_route",
+    "exit_route",
+    "gather_tokens",
+    "kept_tokens",
+    "patchify",
+    "philox_normal",
+    "sample_keep",
+    "scatter_tokens",
+    "unpatchify",
+    "x_prediction_loss",
+]

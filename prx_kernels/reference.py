@@ -1,0 +1,173 @@
+"""Plain-PyTorch definition of every op: the truth that kernels are tested against.
+
+What runs here runs on any device and under autograd. It is also what a CPU executes, and the eager baseline of the
+benchmarks. Nothing here is tuned.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, table 2.
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_MASK32 = 0xFFFFFFFF
+
+
+# --- counter-based random numbers -------------------------------------------------------------------------------
+
+
+def philox_uint32(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
+    """Draw `count` 32-bit integers for each sample; the same integers on every device and at every world size.
+
+    Element `e` of sample `s` is word `e % 4` of the Philox 4x32-10 block with counter
+    `(e // 4, 0, s mod 2^32, s div 2^32)` and key `(seed mod 2^32, seed div 2^32)`.
+
+    Args:
+        seed: int64 tensor with one element.
+        sample_ids: (batch,) int64, global ids.
+        count: integers a sample, at most 2^34.
+
+    Returns:
+        (batch, count) int64 in [0, 2^32).
+    """
+    blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=sample_ids.device)
+    shape = (sample_ids.shape[0], blocks.shape[0])
+    c0 = blocks.expand(shape)
+    c1 = torch.zeros_like(c0)
+    c2 = (sample_ids & _MASK32)[:, None].expand(shape)
+    c3 = ((sample_ids >> 32) & _MASK32)[:, None].expand(shape)
+    seed = seed.reshape(()).to(device=sample_ids.device, dtype=torch.int64)
+    k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
+    for _ in range(10):
+        hi0, lo0 = _mulhilo(_PHILOX_M[0], c0)
+        hi1, lo1 = _mulhilo(_PHILOX_M[1], c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _PHILOX_W[0]) & _MASK32, (k1 + _PHILOX_W[1]) & _MASK32
+    return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
+
+
+def uniform_from_uint32(integers: Tensor) -> Tensor:
+    """Map integers in [0, 2^32) to float32 in (0, 1), ends excluded: `((x >> 9) + 1/2) / 2^23`, exact in float32."""
+    return ((integers >> 9).to(torch.float32) + 0.5) * 2.0**-23
+
+
+def philox_normal(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | None = None) -> Tensor:
+    """Standard normals from (seed, global sample id, element), by Box-Muller on `philox_uint32`.
+
+    Pairs of words `(x0, x1)` give `sqrt(-2 ln u0) · (cos 2πu1, sin 2πu1)` with `u = uniform_from_uint32(x)`. The
+    integers are bitwise the same everywhere; the normals agree to 1e-6 across devices.
+
+    Args:
+        seed: int64 tensor with one element.
+        shape: (batch, ...) of the result; elements are counted in row-major order within a sample.
+        sample_ids: (batch,) int64 global ids; 0 … batch-1 unless given.
+
+    Returns:
+        float32 tensor of `shape`.
+
+    Raises:
+        ValueError: `sample_ids` does not have `shape[0]` entries.
+    """
+    if sample_ids is None:
+        sample_ids = torch.arange(shape[0], dtype=torch.int64, device=seed.device)
+    if sample_ids.shape != (shape[0],):
+        raise ValueError(
+            f"sample_ids must have shape ({shape[0]},) to match shape {shape}, got {tuple(sample_ids.shape)}"
+        )
+    count = math.prod(shape[1:])
+    words = philox_uint32(seed, sample_ids, 2 * ((count + 1) // 2))
+    u = uniform_from_uint32(words).reshape(shape[0], -1, 2)
+    radius = torch.sqrt(-2.0 * torch.log(u[..., 0]))
+    angle = (2.0 * math.pi) * u[..., 1]
+    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return pairs.flatten(1)[:, :count].reshape(shape)
+
+
+def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the 64-bit product; int64 wraps, so the shift's sign bits are masked away."""
+    product = a * b
+    return (product >> 32) & _MASK32, product & _MASK32
+
+
+# --- token routing (TREAD, https://arxiv.org/abs/2501.04765) -----------------------------------------------------
+
+
+def kept_tokens(tokens: int, selection_ratio: float) -> int:
+    """Number of tokens that go through the routed blocks: `tokens - clamp(round(tokens·selection_ratio), 1, tokens-1)`.
+
+    Raises:
+        ValueError: fewer than two tokens, or a ratio outside (0, 1).
+    """
+    if tokens < 2:
+        raise ValueError(f"routing needs at least 2 tokens, got {tokens}")
+    if not 0.0 < selection_ratio < 1.0:
+        raise ValueError(
+            f"selection_ratio is the share of tokens that bypass and lies in (0, 1), got {selection_ratio}"
+        )
+    return tokens - min(max(round(tokens * selection_ratio), 1), tokens - 1)
+
+
+def sample_keep(sample_ids: Tensor, tokens: int, selection_ratio: float, *, seed: Tensor) -> Tensor:
+    """Choose for every sample, uniformly, the tokens that are kept: those with the K smallest Philox keys.
+
+    Args:
+        sample_ids: (batch,) int64 global ids.
+        tokens: tokens a sample, N.
+        selection_ratio: share of tokens that bypass the blocks, in (0, 1).
+        seed: int64 tensor with one element.
+
+    Returns:
+        (batch, K) int32, sorted and unique in each row.
+    """
+    keys = philox_uint32(seed, sample_ids, tokens)
+    smallest = torch.argsort(keys, dim=1, stable=True)[:, : kept_tokens(tokens, selection_ratio)]
+    return smallest.sort(dim=1).values.to(torch.int32)
+
+
+def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
+    """Rows `keep` of x: (batch, N, ...) and (batch, K) integers -> (batch, K, ...), dtype of x."""
+    index = keep.long().reshape(keep.shape + (1,) * (x.ndim - 2)).expand(*keep.shape, *x.shape[2:])
+    return x.gather(1, index)
+
+
+def scatter_tokens(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+    """A copy of x (batch, N, ...) whose rows `keep` are those of y (batch, K, ...); `keep` must be unique in a row."""
+    index = keep.long().reshape(keep.shape + (1,) * (x.ndim - 2)).expand(*keep.shape, *x.shape[2:])
+    return x.scatter(1, index, y)
+
+
+# --- pixels ------------------------------------------------------------------------------------------------------
+
+
+def patchify(image: Tensor, patch_size: int) -> Tensor:
+    """Cut (batch, channels, H, W) into (batch, H/p·W/p, channels·p²); features in the order (channel, row, column)."""
+    batch, channels, height, width = image.shape
+    p = patch_size
+    grid = image.reshape(batch, channels, height // p, p, width // p, p)
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // p) * (width // p), channels * p * p)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tensor:
+    """Inverse of `patchify`: (batch, H/p·W/p, channels·p²) -> (batch, channels, H, W), dtype kept."""
+    p = patch_size
+    batch, _, features = tokens.shape
+    channels = features // (p * p)
+    grid = tokens.reshape(batch, height // p, width // p, channels, p, p)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
+
+
+def x_prediction_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, *, t_min: float = 0.05) -> Tensor:
+    """Per-sample flow-matching loss of an x0 prediction: `mean((x0_hat - x0)² / max(t, t_min)²)`, (batch,) float32.
+
+    With `v = (x_t - x0)/max(t, t_min)` for both target and prediction the noise cancels (RECIPE.md, "Objective"; JiT,
+    https://arxiv.org/abs/2511.13720, table 1 (3)(a)).
+
+    Args:
+        tokens: (batch, N, channels·p²), the predicted x0.
+        image: (batch, channels, H, W), the clean picture in [-1, 1].
+        t: (batch,) float32 in [0, 1], 0 is clean.
+    """
+    error = tokens.float() - patchify(image, patch_size).float()
+    return error.square().mean(dim=(1, 2)) / t.float().clamp(min=t_min).square()

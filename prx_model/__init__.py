@@ -1,0 +1,1 @@
+"""A pixel-space text-to-image transformer, its objective, text towers and sampler."""

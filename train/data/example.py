@@ -1,0 +1,24 @@
+"""What every data set of this package gives: an `Example` for a global sample position."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training pair."""
+
+    image: NDArray[np.uint8]
+    """(height, width, 3), uint8, RGB."""
+    caption: str
+    key: str
+    """Names the sample in messages: file and row, or the parameters of a drawn picture."""
+
+
+class Dataset(Protocol):
+    """A deterministic map from a global sample position (0, 1, 2, … over all epochs) to an example."""
+
+    def __getitem__(self, position: int) -> Example: ...
