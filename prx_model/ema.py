@@ -1,0 +1,75 @@
+"""Exponential moving average of weights: a list of float32 tensors beside the parameters, not a second model.
+
+Works on plain and sharded (DTensor) parameters alike: a sharded model cannot be deep-copied.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """`average ← decay·average + (1-decay)·weight`, every `every` steps.
+
+    Args:
+        parameters: (name, parameter) pairs; averaged in float32.
+        decay: in [0, 1).
+        every: steps between updates.
+
+    Raises:
+        ValueError: decay outside [0, 1) or every < 1.
+    """
+
+    def __init__(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], *, decay: float = 0.999, every: int = 10
+    ) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"ema.decay must lie in [0, 1), got {decay}")
+        if every < 1:
+            raise ValueError(f"ema.every must be at least 1, got {every}")
+        self.decay, self.every = decay, every
+        pairs = list(parameters)
+        self.names = [name for name, _ in pairs]
+        self.parameters = [parameter for _, parameter in pairs]
+        self.averages = [parameter.detach().float().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the averages after optimizer step `step` (0-based), where `step` is a multiple of `every`."""
+        if step % self.every == 0:
+            weights = [parameter.detach().float() for parameter in self.parameters]
+            torch._foreach_lerp_(self.averages, weights, 1.0 - self.decay)
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within this context the model's parameters hold the averages; afterwards the trained weights, bitwise."""
+        trained = [parameter.detach().clone() for parameter in self.parameters]
+        self._write(self.averages)
+        try:
+            yield
+        finally:
+            self._write(trained)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Averages by parameter name."""
+        return dict(zip(self.names, self.averages, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy averages back in place.
+
+        Raises:
+            ValueError: names that differ from the model's.
+        """
+        if set(state) != set(self.names):
+            odd = sorted(set(state) ^ set(self.names))
+            raise ValueError(f"EMA names differ from the model's: {', '.join(odd[:5])}")
+        for name, average in zip(self.names, self.averages, strict=True):
+            average.copy_(state[name])
+
+    @torch.no_grad()
+    def _write(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)

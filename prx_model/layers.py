@@ -1,0 +1,143 @@
+"""The layers of a PRX transformer; parameter names are those of diffusers' `PRXTransformer2DModel`.
+
+Block: adaLN-zero modulation, attention of image tokens over [text, image] with q/k RMS norm and 2-D rotary
+positions, gated tanh-GELU MLP (RECIPE.md, "Model").
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import Backend, attend
+from .config import PRXConfig
+
+TIME_FEATURES = 256  # diffusers' PRXTransformer2DModel, time_in
+TIME_FACTOR = 1000.0
+TIME_MAX_PERIOD = 10_000
+NORM_EPS = 1e-6
+
+
+def timestep_embedding(t: Tensor) -> Tensor:
+    """Sinusoidal embedding of t in [0, 1]: (batch,) -> (batch, 256) float32, cosines first, frequencies of 1000·t."""
+    half = TIME_FEATURES // 2
+    exponent = -math.log(TIME_MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = TIME_FACTOR * (t.float()[:, None] * exponent.exp()[None, :])
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def rotary_table(rows: int, columns: int, axes_dim: tuple[int, int], theta: int, device: torch.device) -> Tensor:
+    """Cosines and sines of 2-D rotary positions: (1, rows·columns, head_dim/2, 2) float32, row features first.
+
+    Angles are formed in float64, as in the reference model, and rounded once.
+    """
+    row = torch.arange(rows, dtype=torch.float64, device=device)[:, None].expand(rows, columns).reshape(-1)
+    column = torch.arange(columns, dtype=torch.float64, device=device).repeat(rows)
+    angles = []
+    for position, dim in ((row, axes_dim[0]), (column, axes_dim[1])):
+        frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+        angles.append(position[:, None] * frequency[None, :])
+    angle = torch.cat(angles, dim=-1)
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).float()[None]
+
+
+def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
+    """Turn neighbouring feature pairs of x (batch, heads, N, head_dim) by table (1 or batch, N, head_dim/2, 2)."""
+    cos, sin = table[:, None, :, :, 0], table[:, None, :, :, 1]
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1)
+    return turned.flatten(-2).type_as(x)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`(1 + scale)·LayerNorm(x) + shift`, the norm without parameters (DiT, https://arxiv.org/abs/2212.09748)."""
+    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) + shift
+
+
+class TimeEmbedder(nn.Module):
+    """Two linear maps with SiLU between: (batch, 256) -> (batch, hidden)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(TIME_FEATURES, hidden_size)
+        self.out_layer = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, t: Tensor) -> Tensor:
+        features = timestep_embedding(t).to(self.in_layer.weight.dtype)
+        out: Tensor = self.out_layer(F.silu(self.in_layer(features)))
+        return out
+
+
+class Attention(nn.Module):
+    """Image queries over text and image keys; RMS norm on queries and keys, rotary positions on the image only."""
+
+    def __init__(self, config: PRXConfig, backend: Backend) -> None:
+        super().__init__()
+        width, head_dim = config.hidden_size, config.head_dim
+        self.heads, self.backend = config.num_heads, backend
+        self.img_qkv_proj = nn.Linear(width, 3 * width, bias=False)
+        self.txt_kv_proj = nn.Linear(width, 2 * width, bias=False)
+        self.norm_q = nn.RMSNorm(head_dim, eps=NORM_EPS)
+        self.norm_k = nn.RMSNorm(head_dim, eps=NORM_EPS)
+        self.norm_added_k = nn.RMSNorm(head_dim, eps=NORM_EPS)
+        self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
+
+    def forward(self, x: Tensor, text: Tensor, rotary: Tensor, text_mask: Tensor | None) -> Tensor:
+        q, k, v = self._heads(self.img_qkv_proj(x), 3)
+        text_k, text_v = self._heads(self.txt_kv_proj(text), 2)
+        q = apply_rotary(self.norm_q(q), rotary)
+        k = apply_rotary(self.norm_k(k), rotary)
+        # Under autocast the norms give float32: all operands of the product must have the values' dtype.
+        q, k, text_k = q.to(v.dtype), k.to(v.dtype), self.norm_added_k(text_k).to(v.dtype)
+        out = attend(q, (k, v), (text_k, text_v), text_mask, self.backend)
+        result: Tensor = self.to_out[0](out.transpose(1, 2).flatten(2))
+        return result
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(batch, tokens, parts·hidden) -> `parts` tensors (batch, heads, tokens, head_dim)."""
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Modulation(nn.Module):
+    """adaLN-zero: shift, scale and gate for attention and for the MLP, each (batch, 1, hidden)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(self, temb: Tensor) -> tuple[Tensor, ...]:
+        out: Tensor = self.lin(F.silu(temb))
+        return out[:, None, :].chunk(6, dim=-1)
+
+
+class PRXBlock(nn.Module):
+    """One transformer block: x (batch, N, hidden) in and out; text is read, never written."""
+
+    def __init__(self, config: PRXConfig, backend: Backend = "sdpa") -> None:
+        super().__init__()
+        self.attention = Attention(config, backend)
+        self.gate_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.modulation = Modulation(config.hidden_size)
+
+    def forward(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(temb)
+        x = x + gate_a * self.attention(modulate(x, shift_a, scale_a), text, rotary, text_mask)
+        h = modulate(x, shift_m, scale_m)
+        return x + gate_m * self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and the linear map to the values of a patch: (batch, N, hidden) -> (batch, N, C·p²)."""
+
+    def __init__(self, config: PRXConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_size, config.patch_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(temb)[:, None, :].chunk(2, dim=-1)
+        out: Tensor = self.linear(modulate(x, shift, scale))
+        return out

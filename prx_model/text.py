@@ -1,0 +1,173 @@
+"""Text towers: captions in, embeddings and a padding mask out.
+
+`ByteTower` is small and trained with the denoiser; `T5GemmaTower` is the frozen encoder of the recipe. Both have
+`tokenize(captions) -> ids, mask` (host) and `forward(ids, mask) -> (batch, L, width)`.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Token ids of ByT5 (https://arxiv.org/abs/2105.13626): pad 0, end 1, unknown 2, then the 256 bytes; 125 sentinels.
+PAD, END, FIRST_BYTE, VOCABULARY = 0, 1, 3, 384
+# Relative position buckets of T5 (https://arxiv.org/abs/1910.10683, section 2.1).
+BUCKETS, MAX_DISTANCE = 32, 128
+NORM_EPS = 1e-6
+
+
+class ByteTower(nn.Module):
+    """Byte-level encoder of the T5 v1.1 form with ByT5's tokens; small, trained with the denoiser.
+
+    `convert.byte_tower_to_t5` turns its weights into those of transformers' `T5EncoderModel`, so exported pipelines
+    need no code of ours.
+
+    Args:
+        width: embedding width, the denoiser's `context_in_dim`.
+        depth: blocks.
+        num_heads: heads of width / num_heads features.
+        max_tokens: longest caption in bytes, the end token included; longer ones are cut.
+
+    Raises:
+        ValueError: a width that is no multiple of num_heads.
+    """
+
+    def __init__(self, width: int = 128, depth: int = 2, num_heads: int = 4, max_tokens: int = 96) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"text.width {width} must be a multiple of text.num_heads {num_heads}")
+        self.width, self.num_heads, self.max_tokens = width, num_heads, max_tokens
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.relative_bias = nn.Embedding(BUCKETS, num_heads)
+        self.blocks = nn.ModuleList(_ByteBlock(width, num_heads) for _ in range(depth))
+        self.final_norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """T5's initialisation: unit embeddings, linear maps of variance 1/fan-in, queries smaller by sqrt(head_dim)."""
+        nn.init.normal_(self.embedding.weight, generator=generator)
+        nn.init.normal_(self.relative_bias.weight, std=self.width**-0.5, generator=generator)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        for block in self.blocks:
+            block.get_parameter("q.weight").mul_((self.width // self.num_heads) ** -0.5)
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """UTF-8 bytes and an end token, padded on the right to the longest: ids and mask, (batch, L) int64 and bool."""
+        rows = [[FIRST_BYTE + b for b in c.encode()[: self.max_tokens - 1]] + [END] for c in captions]
+        length = max(len(row) for row in rows)
+        ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows], dtype=torch.int64)
+        return ids, ids != PAD
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Encode (batch, L) ids with their bool mask: (batch, L, width); rows of padding hold no meaning."""
+        x = self.embedding(ids)
+        bias = self.relative_bias(_buckets(ids.shape[1], ids.device)).permute(2, 0, 1)[None]
+        bias = bias.masked_fill(~mask[:, None, None, :], float("-inf"))
+        for block in self.blocks:
+            x = block(x, bias)
+        out: Tensor = self.final_norm(x)
+        return out
+
+
+class _ByteBlock(nn.Module):
+    """Pre-norm attention (unscaled scores, relative bias) and gated tanh-GELU MLP, without biases: T5 v1.1."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_attention = nn.RMSNorm(width, eps=NORM_EPS)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.norm_mlp = nn.RMSNorm(width, eps=NORM_EPS)
+        self.gate = nn.Linear(width, 2 * width, bias=False)
+        self.up = nn.Linear(width, 2 * width, bias=False)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        h = self.norm_attention(x)
+        q, k, v = (part(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)
+        x = x + self.o(out.transpose(1, 2).flatten(2))
+        h = self.norm_mlp(x)
+        return x + self.down(F.gelu(self.gate(h), approximate="tanh") * self.up(h))
+
+
+def _buckets(length: int, device: torch.device) -> Tensor:
+    """Bucket of each (query, key) pair: distances exact below 8, then logarithmic to 128; keys ahead in the upper half."""
+    half, exact = BUCKETS // 2, BUCKETS // 4
+    position = torch.arange(length, device=device)
+    offset = position[None, :] - position[:, None]
+    distance = offset.abs()
+    scaled = torch.log(distance.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact) * (half - exact)
+    far = (exact + scaled.to(torch.int64)).clamp(max=half - 1)
+    return torch.where(distance < exact, distance, far) + half * (offset > 0)
+
+
+class T5GemmaTower(nn.Module):
+    """Frozen T5Gemma encoder (https://arxiv.org/abs/2504.06225), `google/t5gemma-2b-2b-ul2` in the recipe.
+
+    Only the encoder's weights are kept. Needs the extra `model` (transformers).
+
+    Args:
+        name: hub name or a local folder.
+        revision: hub revision; part of what identifies embeddings.
+        max_tokens: captions are cut and padded to this length, on the right.
+        dtype: of weights and embeddings.
+
+    Raises:
+        ValueError: weights or tokenizer that are not there, or that do not fill the encoder; the message says what
+            was looked for.
+    """
+
+    def __init__(
+        self,
+        name: str = "google/t5gemma-2b-2b-ul2",
+        *,
+        revision: str | None = None,
+        max_tokens: int = 256,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        from transformers import AutoTokenizer, T5GemmaEncoderModel
+
+        self.max_tokens = max_tokens
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            model, info = T5GemmaEncoderModel.from_pretrained(
+                name, revision=revision, dtype=dtype, is_encoder_decoder=False, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            where = "folder" if Path(name).exists() else "hub model"
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"T5Gemma could not be loaded from the {where} {name!r}: {reason}; give text.name a folder with "
+                "config.json, model.safetensors and the tokenizer, or a hub name you have access to"
+            ) from error
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(
+                f"{name!r} lacks {len(missing)} encoder weights, first {missing[0]!r}: not a T5Gemma encoder"
+            )
+        self.encoder = model.encoder.eval().requires_grad_(False)
+        self.width: int = self.encoder.config.hidden_size
+        self.tokenizer.padding_side = "right"
+
+    def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, (batch, max_tokens) int64 and bool, padded on the right."""
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+        )
+        return tokens["input_ids"], tokens["attention_mask"].bool()
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Last hidden state (batch, L, width) in the tower's dtype."""
+        out: Tensor = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        return out

@@ -1,0 +1,164 @@
+"""The PRX pixel-space transformer: a noisy picture, its time and its text in; the clean picture out.
+
+Names of parameters are those of diffusers' `PRXTransformer2DModel`, so weights load strictly both ways.
+"""
+
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from prx_kernels import enter_route, exit_route, gather_tokens, patchify, unpatchify
+
+from .attention import Backend, check_backend
+from .config import PRXConfig
+from .layers import FinalLayer, PRXBlock, TimeEmbedder, rotary_table
+
+
+class PRXTransformer(nn.Module):
+    """Text-to-image transformer on pixels (PRX Part 3; RECIPE.md, "Model").
+
+    Args:
+        config: sizes.
+        attention: backend, "sdpa", "varlen" or "flash"; checked when a forward runs.
+    """
+
+    def __init__(self, config: PRXConfig, *, attention: Backend = "sdpa") -> None:
+        super().__init__()
+        self.config = config
+        self.attention_backend = attention
+        width = config.hidden_size
+        self.img_in: nn.Module
+        if config.bottleneck_size is None:
+            self.img_in = nn.Linear(config.patch_features, width)
+        else:
+            self.img_in = nn.Sequential(
+                nn.Linear(config.patch_features, config.bottleneck_size), nn.Linear(config.bottleneck_size, width)
+            )
+        self.time_in = TimeEmbedder(width)
+        self.txt_in = nn.Linear(config.context_in_dim, width)
+        self.blocks = nn.ModuleList(PRXBlock(config, attention) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Xavier-uniform linear maps, zero biases, zero modulation and zero head (adaLN-zero), unit norm scales."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+        adaptive = [block.get_submodule("modulation.lin") for block in self.blocks]
+        for layer in (*adaptive, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            assert isinstance(layer, nn.Linear)
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, image: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+        """Predict the clean picture.
+
+        Args:
+            image: (batch, channels, height, width), the noisy picture; both sides multiples of the patch.
+            t: (batch,) or (1,) float32 in [0, 1], 1 is pure noise.
+            text: (batch, L, context_in_dim) embeddings.
+            text_mask: (batch, L) bool, True at real tokens; None where all are real.
+
+        Returns:
+            x0_hat (batch, channels, height, width), dtype of the last linear map.
+
+        Raises:
+            ValueError: a size that is no multiple of the patch, or shapes that do not fit one another.
+        """
+        tokens = self.forward_tokens(image, t, text, text_mask)
+        return unpatchify(tokens, self.config.patch_size, image.shape[2], image.shape[3])
+
+    @overload
+    def forward_tokens(
+        self, image: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, *,
+        keep: Tensor | None = None, route: tuple[int, int] | None = None, feature_layer: None = None,
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward_tokens(
+        self, image: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, *,
+        keep: Tensor | None = None, route: tuple[int, int] | None = None, feature_layer: int,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    def forward_tokens(
+        self,
+        image: Tensor,
+        t: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None = None,
+        *,
+        keep: Tensor | None = None,
+        route: tuple[int, int] | None = None,
+        feature_layer: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Predict the clean picture as patches, as the loss wants it; arguments as `forward`, and:
+
+        Args:
+            keep: (batch, K) int32 or int64 tokens that go through the routed blocks (`prx_kernels.sample_keep`);
+                the others bypass them. None runs dense.
+            route: first and last routed block, 0-based, both included; needed with `keep`.
+            feature_layer: also return the tokens behind this block (0-based; REPA). Within the route these are the
+                kept tokens only, the last routed block included: features are taken before the route is left.
+
+        Returns:
+            (batch, N, channels·patch²); with `feature_layer` also the features (batch, N or K, hidden).
+        """
+        rows, columns = self._check(image, t, text, text_mask, keep, route, feature_layer)
+        x: Tensor = self.img_in(patchify(image, self.config.patch_size))
+        text = self.txt_in(text)
+        temb = self.time_in(t)
+        rotary = rotary_table(rows, columns, self.config.axes_dim, self.config.theta, image.device)
+        start, end = route if route is not None and keep is not None else (-1, -1)
+        features, bypass, dense_rotary = x, x, rotary
+        for i, block in enumerate(self.blocks):
+            if i == start and keep is not None:
+                x, bypass = enter_route(x, keep)
+                rotary = gather_tokens(dense_rotary.expand(image.shape[0], -1, -1, -1), keep)
+            x = block(x, text, temb, rotary, text_mask)
+            if i == feature_layer:
+                features = x
+            if i == end and keep is not None:
+                x, rotary = exit_route(x, bypass, keep), dense_rotary
+        tokens: Tensor = self.final_layer(x, temb)
+        return tokens if feature_layer is None else (tokens, features)
+
+    def _check(
+        self,
+        image: Tensor,
+        t: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None,
+        keep: Tensor | None,
+        route: tuple[int, int] | None,
+        feature_layer: int | None,
+    ) -> tuple[int, int]:
+        """Refuse what does not fit, in one sentence; gives the grid's rows and columns."""
+        config, depth = self.config, len(self.blocks)
+        check_backend(self.attention_backend, image.device)
+        if image.ndim != 4 or image.shape[1] != config.in_channels:
+            raise ValueError(f"image must be (batch, {config.in_channels}, H, W), got {tuple(image.shape)}")
+        batch, _, height, width = image.shape
+        config.tokens(height, width)
+        if t.ndim != 1 or t.shape[0] not in (1, batch):
+            raise ValueError(f"t must be (batch,) or (1,) for a batch of {batch}, got {tuple(t.shape)}")
+        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.context_in_dim:
+            raise ValueError(f"text must be ({batch}, L, {config.context_in_dim}), got {tuple(text.shape)}")
+        if text_mask is not None and (text_mask.shape != text.shape[:2] or text_mask.dtype != torch.bool):
+            raise ValueError(
+                f"text_mask must be bool of shape {tuple(text.shape[:2])}, "
+                f"got {text_mask.dtype} of shape {tuple(text_mask.shape)}"
+            )
+        if (keep is None) != (route is None):
+            raise ValueError("keep and route belong together: give both to route tokens, neither to run dense")
+        if route is not None and not 0 <= route[0] <= route[1] < depth:
+            raise ValueError(f"route {route} must be two block indices in order, within 0 … {depth - 1}")
+        if feature_layer is not None and not 0 <= feature_layer < depth:
+            raise ValueError(f"feature_layer {feature_layer} must be a block index within 0 … {depth - 1}")
+        return height // config.patch_size, width // config.patch_size
