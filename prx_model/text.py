@@ -100,7 +100,7 @@ class _ByteBlock(nn.Module):
 
 
 def _buckets(length: int, device: torch.device) -> Tensor:
-    """Bucket of each (query, key) pair: distances exact below 8, then logarithmic to 128; keys ahead in the upper half."""
+    """Bucket of each (query, key) pair: distances exact below 8, then logarithmic; keys ahead in the upper half."""
     half, exact = BUCKETS // 2, BUCKETS // 4
     position = torch.arange(length, device=device)
     offset = position[None, :] - position[:, None]

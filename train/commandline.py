@@ -1,0 +1,129 @@
+"""The command line of `speedrun.py`: a preset, then `--section.field value`; read before torch is imported."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from train.errors import UserError, nearest
+from train.recipes import PRESETS, Recipe, TwoStages
+
+USAGE = """usage: speedrun.py [preset] [--section.field value ...]
+
+Trains a text-to-image model, draws it and says how well it follows its prompts.
+"""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `--dry-run` prints a projection for."""
+
+    enabled: bool = False
+    gpus: int = 32
+    mfu: float = 0.25
+    peak_tflops: float = 989.0
+    dollars_per_hour: float = 2.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """A parsed command line."""
+
+    recipe: Recipe | TwoStages
+    dry_run: DryRun
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """Read the words behind `speedrun.py`.
+
+    Raises:
+        UserError: an unknown preset or field (with the nearest name), or a value that does not fit its field.
+        SystemExit: `--help` was asked for (code 0), or a value of the wrong type (tyro says which, code 2).
+    """
+    words = list(arguments)
+    preset = "shapes"
+    if words and not words[0].startswith("-"):
+        preset = words.pop(0)
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
+    words, dry_run = _take_dry_run(words)
+    recipe = PRESETS[preset]()
+    if "--help" in words or "-h" in words:
+        _print_presets()
+    else:
+        _check_names(words, recipe)
+    return Command(_parse_fields(words, recipe, preset), dry_run)
+
+
+def field_names(settings: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all leaf fields of a dataclass."""
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if is_dataclass(value):
+            yield from field_names(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}"
+
+
+def _parse_fields(words: list[str], recipe: Recipe | TwoStages, preset: str) -> Recipe | TwoStages:
+    import tyro
+
+    try:
+        parsed = tyro.cli(type(recipe), args=words, default=recipe, prog=f"speedrun.py {preset}", description="")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if parsed.preset != preset:
+        raise UserError(f"--preset cannot be set: the preset is the first word, as in 'speedrun.py {parsed.preset}'")
+    return parsed
+
+
+def _check_names(words: list[str], recipe: Recipe | TwoStages) -> None:
+    """Refuse an unknown `--name` with the nearest one; tyro checks the values."""
+    known = set(field_names(recipe))
+    for word in words:
+        if not word.startswith("--"):
+            continue
+        name = word[2:].split("=", 1)[0].replace("-", "_")
+        head, _, leaf = name.rpartition(".")
+        positive = f"{head}.{leaf.removeprefix('no_')}" if head else leaf.removeprefix("no_")
+        if name not in known and positive not in known:
+            raise UserError(f"unknown field --{word[2:]}{nearest(name, known)}; --help lists all fields")
+
+
+def _take_dry_run(words: list[str]) -> tuple[list[str], DryRun]:
+    """Take `--dry-run` and its numbers out of the words."""
+    rest: list[str] = []
+    found: dict[str, Any] = {}
+    kinds = {"gpus": int, "mfu": float, "peak_tflops": float, "dollars_per_hour": float}
+    position = 0
+    while position < len(words):
+        name, equals, value = words[position].removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if words[position] in ("--dry-run", "--dry_run"):
+            found["enabled"] = True
+        elif words[position].startswith("--") and name in kinds:
+            if not equals:
+                position += 1
+                value = words[position] if position < len(words) else ""
+            try:
+                found[name] = kinds[name](value)
+            except ValueError:
+                raise UserError(f"--{name.replace('_', '-')} takes a number, got {value!r}") from None
+            if found[name] <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        else:
+            rest.append(words[position])
+        position += 1
+    if found and "enabled" not in found:
+        raise UserError(f"--{next(iter(found)).replace('_', '-')} goes with --dry-run")
+    return rest, DryRun(**found)
+
+
+def _print_presets() -> None:
+    print(USAGE)
+    print("presets:")
+    for name, function in PRESETS.items():
+        print(f"  {name:12} {(function.__doc__ or '').strip().splitlines()[0]}")
+    print("\n--dry-run prints the resolved recipe, sizes, memory, FLOP and the projected hours and dollars;")
+    print("  with --gpus 32 --mfu 0.25 --peak-tflops 989 --dollars-per-hour 2\n")
+    sys.stdout.flush()

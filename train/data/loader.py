@@ -1,0 +1,139 @@
+"""From a recipe's data section to batches on the device.
+
+A batch knows its global sample positions: they are the ids from which noise, times and dropped captions are drawn.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from train.data.example import Dataset, Example
+from train.data.index import NoSplitError, open_images
+from train.data.readers import ImageDataset, parse_prefixes
+from train.data.sampler import PositionSampler
+from train.data.scenes import ScenesDataset
+from train.data.shapes import ShapesDataset
+from train.errors import UserError
+from train.parallel import World
+from train.randomness import derive_seed
+from train.recipes import Data, Recipe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of a step's samples."""
+
+    image: Tensor
+    """(batch, 3, height, width) uint8."""
+    captions: list[str]
+    positions: Tensor
+    """(batch,) int64, global sample positions."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on the device."""
+        return Batch(
+            self.image.to(device, non_blocking=True), self.captions, self.positions.to(device, non_blocking=True)
+        )
+
+
+def open_dataset(data: Data, seed: int) -> Dataset:
+    """The training set of a data section.
+
+    Raises:
+        UserError: no path, or nothing readable there.
+    """
+    seed = derive_seed(seed, purpose="data")
+    if data.kind == "shapes":
+        return ShapesDataset(seed, data.height, data.width)
+    if data.kind == "scenes":
+        return ScenesDataset(seed, data.height, data.width)
+    return _images(data, seed, "train", shuffle=True)
+
+
+def open_validation(data: Data) -> ImageDataset | None:
+    """The validation pictures in their order, without flips; None where the data have no such split."""
+    if data.kind != "images":
+        return None
+    try:
+        return _images(data, 0, "val", shuffle=False)
+    except NoSplitError:
+        return None
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """What identifies the data of a run: a hash of files and rows, or the name of what is drawn."""
+    return dataset.index.fingerprint if isinstance(dataset, ImageDataset) else type(dataset).__name__
+
+
+def batches(dataset: Dataset, recipe: Recipe, world: World, start_step: int) -> Iterator[Batch]:
+    """This rank's batches from `start_step` to the end of training, on its device."""
+    sampler = PositionSampler(
+        global_batch=recipe.train.batch,
+        steps=recipe.train.steps,
+        start_step=start_step,
+        rank=world.rank,
+        world=world.size,
+    )
+    workers = recipe.data.workers
+    loader: DataLoader[Any] = DataLoader(
+        _Numbered(dataset),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=world.device.type == "cuda",
+        # Workers start fresh: a fork would copy the process's threads' locks in whatever state they are.
+        multiprocessing_context="spawn" if workers else None,
+        persistent_workers=False,
+        prefetch_factor=4 if workers else None,
+    )
+    for batch in loader:
+        yield batch.to(world.device)
+
+
+def collate(examples: list[tuple[int, Example]]) -> Batch:
+    """Stack numbered examples of one size."""
+    image = torch.from_numpy(np.stack([example.image for _, example in examples])).permute(0, 3, 1, 2).contiguous()
+    positions = torch.tensor([position for position, _ in examples], dtype=torch.int64)
+    return Batch(image, [example.caption for _, example in examples], positions)
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 pictures to float32 in [-1, 1]."""
+    return image.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Pictures in about [-1, 1] to uint8, clamped."""
+    return image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+class _Numbered:
+    """A dataset whose items carry their position."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, position: int) -> tuple[int, Example]:
+        return position, self.dataset[position]
+
+
+def _images(data: Data, seed: int, split: str, *, shuffle: bool) -> ImageDataset:
+    if not data.path:
+        raise UserError("this preset reads pictures: give their folder with --data.path")
+    index = open_images(data.path, image_column=data.image_column, caption_columns=data.caption_columns, split=split)
+    return ImageDataset(
+        index,
+        height=data.height,
+        width=data.width,
+        seed=seed,
+        caption_columns=data.caption_columns,
+        style_column=data.style_column,
+        style_prefixes=parse_prefixes(data.style_prefixes),
+        flip=data.flip if shuffle else 0.0,
+        shuffle=shuffle,
+    )

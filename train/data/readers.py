@@ -1,0 +1,201 @@
+"""Captioned pictures from disk, as examples of one size: decoding, cropping, the choice of a caption, style prefixes.
+
+Whatever the file holds (alpha, palette, 16 bits, CMYK, EXIF rotation, several frames) comes out as upright 8-bit RGB.
+"""
+
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from train.data.example import Example
+from train.data.index import ImageIndex, RawRow
+from train.data.sampler import index_at
+from train.errors import UserError, nearest
+from train.randomness import generator
+
+MAX_PIXELS = 89_478_485
+"""Larger pictures are refused before they are decoded: Pillow's own default, a quarter of a GiB as RGB."""
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF 2.32, tag 274: what undoes each orientation."""
+
+
+class ImageDataset:
+    """A deterministic map from a global position to a decoded picture and one of its captions.
+
+    Order, caption and flip depend on (seed, position) only. `len` is the number of rows, so of positions in an epoch;
+    positions go on beyond it. With `shuffle=False` a position is the row (modulo the number of rows).
+
+    At each visit one of the row's captions that are not empty is drawn. Where the row's value of `style_column` has an
+    entry in `style_prefixes`, the caption becomes "{prefix} {caption}", see `prefixed`. `flip` is the probability of
+    mirroring left and right.
+
+    Raises UserError for a column that the index lacks, a size below 1 or a flip outside 0 … 1.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        *,
+        height: int,
+        width: int,
+        seed: int,
+        caption_columns: Sequence[str] = ("caption",),
+        style_column: str = "",
+        style_prefixes: Mapping[str, str] | None = None,
+        flip: float = 0.0,
+        shuffle: bool = True,
+    ) -> None:
+        if height < 1 or width < 1:
+            raise UserError(f"height and width must be at least 1 pixel, got {height} and {width}")
+        if not 0.0 <= flip <= 1.0:
+            raise UserError(f"flip is a probability from 0 to 1, got {flip}")
+        if not caption_columns:
+            raise UserError("caption_columns is empty; name at least one column that holds captions")
+        settings = [("caption_columns", name) for name in caption_columns] + [("style_column", style_column)]
+        for setting, name in settings:
+            if name not in index.columns and name != "":
+                raise UserError(
+                    f"{index.path} has no column {name!r} ({setting}); its columns are "
+                    f"{', '.join(index.columns)}{nearest(name, index.columns)}"
+                )
+        self.index, self.height, self.width, self.seed = index, height, width, seed
+        self.caption_columns, self.flip, self.shuffle = tuple(caption_columns), flip, shuffle
+        self.style_column, self.style_prefixes = style_column, dict(style_prefixes or {})
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, position: int) -> Example:
+        """The example at a global position >= 0; its image is (height, width, 3), uint8, RGB, contiguous and writable.
+
+        Raises UserError, naming file and row, for a picture that cannot be decoded or a row without any caption.
+        """
+        size = len(self.index)
+        row = self.index.row(index_at(position, size=size, seed=self.seed) if self.shuffle else position % size)
+        image = decode(row.image, height=self.height, width=self.width, name=f"{self.index.path}: {row.key}")
+        if self.flip and generator(self.seed, purpose="flip", position=position).random() < self.flip:
+            image = np.ascontiguousarray(image[:, ::-1])
+        return Example(image, self._caption(row, position), row.key)
+
+    def _caption(self, row: RawRow, position: int) -> str:
+        cells = [row.columns.get(name) for name in self.caption_columns]
+        captions = [cell.strip() for cell in cells if isinstance(cell, str) and cell.strip()]
+        if not captions:
+            raise UserError(
+                f"{self.index.path}: {row.key}: no caption in {', '.join(self.caption_columns)}; "
+                "write one, remove the row, or name another column in caption_columns"
+            )
+        chosen = 0
+        if len(captions) > 1:
+            chosen = int(generator(self.seed, purpose="caption", position=position).random() * len(captions))
+        prefix = self.style_prefixes.get(str(row.columns.get(self.style_column))) if self.style_column else None
+        return prefixed(captions[chosen], prefix) if prefix else captions[chosen]
+
+
+def decode(source: bytes | Path, *, height: int, width: int, name: str) -> NDArray[np.uint8]:
+    """Decode a picture file, scale it (Lanczos) until it covers height × width, and cut out the centre.
+
+    Returns (height, width, 3), uint8, sRGB as stored (embedded colour profiles are not applied); transparent parts are
+    white, EXIF rotation is undone, of several frames the first is taken. A picture of the exact size is not resampled.
+
+    Raises UserError, beginning with `name`, for a file that is no picture, is truncated, has over MAX_PIXELS pixels, or
+    holds 32-bit floats.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
+            if image.format == "EPS":
+                raise ValueError("EPS, which is a program to run rather than a picture")
+            # An EXIF rotation may swap the axes, so the long side of the target is asked for on both.
+            covering = max(height, width) / min(image.size)
+            # JPEG only, elsewhere it does nothing: decode at 1/2, 1/4 or 1/8, still twice the size needed.
+            image.draft(None, (math.ceil(2 * covering * image.width), math.ceil(2 * covering * image.height)))
+            image.load()  # Before EXIF is read, which decodes a PNG and whose errors do not count.
+            return np.array(_cover(_rgb(_upright(image)), height, width))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(
+            f"{name}: the picture is too large ({error}; the limit is {MAX_PIXELS:,} pixels); "
+            "scale it down or remove the row"
+        ) from error
+    except Exception as error:  # Pillow's plugins raise whatever they stumble on: OSError, SyntaxError, struct.error, …
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = "no known picture format" if isinstance(error, UnidentifiedImageError) else what
+        raise UserError(f"{name}: the picture cannot be decoded ({what}); replace it or remove the row") from error
+
+
+def prefixed(caption: str, prefix: str) -> str:
+    """Put a style before a caption: ("A snowman.", "flat icon of") gives "flat icon of a snowman".
+
+    The first letter becomes small, but for words in capitals ("COOL button"), and a full stop at the end goes.
+    """
+    caption = caption.removesuffix(".")
+    return f"{prefix} {caption if caption[1:2].isupper() else caption[:1].lower() + caption[1:]}"
+
+
+def parse_prefixes(entries: Iterable[str]) -> dict[str, str]:
+    """("noto-emoji=flat icon of", …) as {"noto-emoji": "flat icon of", …}.
+
+    Raises UserError for an entry without "=", with nothing on one side of it, or for a value named twice.
+    """
+    prefixes: dict[str, str] = {}
+    for entry in entries:
+        value, equals, prefix = (part.strip() for part in entry.partition("="))
+        if not (value and equals and prefix):
+            raise UserError(f"style prefix {entry!r} is not of the form value=prefix, as in 'noto-emoji=flat icon of'")
+        if value in prefixes:
+            raise UserError(f"two style prefixes for {value!r}: {prefixes[value]!r} and {prefix!r}; keep one")
+        prefixes[value] = prefix
+    return prefixes
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # A broken EXIF block says nothing about the pixels, which are decoded, and checked, after this.
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("32-bit floats, whose range is not known; store it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips 16 bits at 255; 65535 / 255 = 257.
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        # Before resampling, which would else let the hidden colours of transparent pixels bleed in.
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
+    return image.convert("RGB")
+
+
+def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale and centre crop in one resampling: only the part of the target's aspect ratio is read."""
+    if image.size == (width, height):
+        return image
+    scale = min(image.width / width, image.height / height)
+    # Rounding may put edges a hair outside, which Pillow refuses; the far ones likewise below.
+    left, top = max((image.width - scale * width) / 2, 0), max((image.height - scale * height) / 2, 0)
+    if scale == 1:
+        return image.crop((int(left), int(top), int(left) + width, int(top) + height))
+    box = (left, top, min(left + scale * width, image.width), min(top + scale * height, image.height))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)

@@ -1,0 +1,104 @@
+"""What a run is judged by: prompt accuracy from the exact oracle, held-out loss at fixed t and noise, sample grids.
+
+Everything here takes the modules as they are: the loop swaps the averaged weights in first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from prx_kernels import x_prediction_loss
+from prx_model import flow
+from prx_model.sampler import sample
+from train.build import Modules
+from train.data import scenes, shapes
+from train.data.loader import collate, to_float, to_uint8
+from train.data.readers import ImageDataset
+from train.randomness import derive_seed
+from train.recipes import Recipe
+
+FIXED_T = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Times of the held-out loss."""
+_BATCH = 64
+
+
+@torch.no_grad()
+def draw(modules: Modules, prompts: Sequence[str], recipe: Recipe, *, seeds: Sequence[int] | None = None) -> Tensor:
+    """Draw a picture for each prompt: (n, 3, height, width) uint8 on the CPU; seeds 0 … n-1 unless given."""
+    seeds = range(len(prompts)) if seeds is None else seeds
+    device = next(modules.model.parameters()).device
+    null_text, null_mask = modules.encode([""])
+    drawn = []
+    for first in range(0, len(prompts), _BATCH):
+        text, mask = modules.encode(list(prompts[first : first + _BATCH]))
+        drawn.append(
+            sample(
+                modules.model,
+                text,
+                mask,
+                height=recipe.data.height,
+                width=recipe.data.width,
+                seeds=torch.tensor(list(seeds[first : first + _BATCH]), dtype=torch.int64, device=device),
+                settings=recipe.sampling,
+                null_text=null_text,
+                null_mask=null_mask,
+                routing=recipe.routing,
+            )
+        )
+    return to_uint8(torch.cat(drawn)).cpu()
+
+
+def prompt_accuracy(modules: Modules, recipe: Recipe) -> dict[str, float]:
+    """Share of held-out prompts that the oracle finds drawn right, by part and split ("combinations/all", …).
+
+    "combinations" are prompts whose parts were all seen, never together; "pairs" have a colour and shape that never
+    met in training.
+    """
+    source = {"shapes": shapes, "scenes": scenes}[recipe.data.kind]
+    count = recipe.evaluation.prompts
+    result = {}
+    for split_name, number in (("combinations", count), ("pairs", max(1, count // 2))):
+        prompts = source.held_out_prompts(split_name, number, 0)
+        images = draw(modules, [p.caption for p in prompts], recipe)
+        score = source.score(images.permute(0, 2, 3, 1).numpy(), prompts)
+        result |= {f"{split_name}/{part}": float(value) for part, value in asdict(score).items()}
+    return result
+
+
+@torch.no_grad()
+def held_out_loss(modules: Modules, dataset: ImageDataset, recipe: Recipe) -> dict[str, float]:
+    """Dense loss on validation pictures at fixed times and noise: "loss" (mean) and "loss/t=0.1", …"""
+    device = next(modules.model.parameters()).device
+    noise_seed = torch.tensor(derive_seed(0, purpose="held-out noise"), device=device)
+    count = min(len(dataset), recipe.evaluation.images)
+    sums = torch.zeros(len(FIXED_T), device=device)
+    for first in range(0, count, _BATCH):
+        batch = collate([(i, dataset[i]) for i in range(first, min(first + _BATCH, count))]).to(device)
+        image = to_float(batch.image)
+        noise = flow.draw_noise(noise_seed, batch.positions, image)
+        text, mask = modules.encode(batch.captions)
+        for i, value in enumerate(FIXED_T):
+            t = torch.full((image.shape[0],), value, device=device)
+            noisy = flow.add_noise(image, noise, t, noise_scale=recipe.flow.noise_scale)
+            tokens = modules.model.forward_tokens(noisy, t, text, mask)
+            losses = x_prediction_loss(
+                tokens, image, t, recipe.model.patch_size, t_min=recipe.flow.t_min, reduction="none"
+            )
+            sums[i] += losses.sum()
+    means = (sums / count).tolist()
+    return {"loss": sum(means) / len(means), **{f"loss/t={t}": m for t, m in zip(FIXED_T, means, strict=True)}}
+
+
+def grid_prompts(recipe: Recipe, validation: ImageDataset | None) -> list[str]:
+    """Captions of a run's sample grid, the same at every evaluation: held-out prompts, or validation captions."""
+    count = recipe.evaluation.grid
+    if recipe.data.kind == "shapes":
+        return [p.caption for p in shapes.held_out_prompts("combinations", count, 1)]
+    if recipe.data.kind == "scenes":
+        return [p.caption for p in scenes.held_out_prompts("combinations", count, 1)]
+    if validation is None:
+        return []
+    step = max(1, len(validation) // max(count, 1))
+    return [validation[i * step].caption for i in range(min(count, len(validation)))]

@@ -1,0 +1,109 @@
+"""What a run will cost, before anyone pays for it: sizes, memory, operations, hours and dollars (`--dry-run`)."""
+
+import json
+from dataclasses import asdict
+
+import torch
+
+from prx_model.flops import forward_flop, newton_schulz_flop, training_flop
+from prx_model.text import ByteTower
+from prx_model.transformer import PRXTransformer
+from train.build import check
+from train.commandline import DryRun
+from train.optimizers import Named, named_parameters, split
+from train.recipes import Recipe, TwoStages
+
+_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
+"""Dense bf16 rate on the data sheet, TFLOP/s, by a part of the device's name."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Data-sheet bf16 FLOP/s of a device, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((rate * 1e12 for part, rate in _PEAK_TFLOPS.items() if part in name), None)
+
+
+def flop_per_image(recipe: Recipe) -> float:
+    """Forward operations of the denoiser for one picture, routing counted, text at its full length."""
+    tokens = recipe.model.tokens(recipe.data.height, recipe.data.width)
+    return forward_flop(recipe.model, tokens, recipe.text.max_tokens, recipe.routing)
+
+
+def print_plan(recipe: Recipe | TwoStages, assumed: DryRun) -> None:
+    """Print the resolved recipe and what it costs; for two stages, both and their sum.
+
+    Raises:
+        UserError: settings that do not fit one another.
+    """
+    print(json.dumps(asdict(recipe), indent=2))
+    stages = [recipe] if isinstance(recipe, Recipe) else [recipe.stage1, recipe.stage2]
+    total = sum(_print_stage(stage, assumed) for stage in stages)
+    if len(stages) > 1:
+        print(f"\nboth stages: {total:.2f} h, ${total * assumed.gpus * assumed.dollars_per_hour:,.0f}")
+
+
+def _print_stage(recipe: Recipe, assumed: DryRun) -> float:
+    """Print one stage; gives its projected hours."""
+    check(recipe)
+    with torch.device("meta"):
+        modules: dict[str, torch.nn.Module] = {"model": PRXTransformer(recipe.model)}
+        if recipe.text.kind == "bytes":
+            text = recipe.text
+            modules["tower"] = ByteTower(recipe.model.context_in_dim, text.depth, text.num_heads, text.max_tokens)
+    parameters = named_parameters(modules)
+    muon, adam = split(parameters, recipe)
+    tokens = recipe.model.tokens(recipe.data.height, recipe.data.width)
+    batch, length = recipe.train.batch, recipe.text.max_tokens
+    routed = batch * training_flop(recipe.model, tokens, length, recipe.routing)
+    dense = batch * training_flop(recipe.model, tokens, length)
+    orthogonalise = sum(newton_schulz_flop(*p.shape, recipe.muon.ns_steps) for _, p in muon)
+    seconds = routed / (assumed.gpus * assumed.peak_tflops * 1e12 * assumed.mfu)
+    hours = seconds * recipe.train.steps / 3600
+    state, activations = _memory(recipe, parameters, len(muon) > 0, tokens, assumed.gpus)
+    print(f"\n{recipe.preset}: {recipe.data.height}x{recipe.data.width}, {tokens} image and {length} text tokens")
+    for name, module in modules.items():
+        print(f"  parameters, {name}: {sum(p.numel() for p in module.parameters()):,}")
+    print(f"  Muon: {_kinds(muon)}")
+    print(f"  AdamW: {_kinds(adam)}")
+    print(f"  memory: weights, gradients, optimizer and EMA {state / 2**30:.2f} GiB in all; activations about")
+    print(f"    {activations / 2**30:.2f} GiB a GPU at {batch / assumed.gpus:g} pictures (no checkpointing)")
+    print(f"  denoiser: {routed / 1e12:.4g} TFLOP a step forward and backward ({dense / 1e12:.4g} without routing)")
+    print(f"  Newton-Schulz: {orthogonalise / 1e12:.4g} TFLOP a step")
+    print(
+        f"  {recipe.train.steps:,} steps on {assumed.gpus} GPUs at {assumed.mfu:.0%} denoiser MFU of "
+        f"{assumed.peak_tflops:g} TFLOP/s: {seconds * 1e3:.1f} ms a step, {hours:.2f} h, "
+        f"${hours * assumed.gpus * assumed.dollars_per_hour:,.0f} at ${assumed.dollars_per_hour:g} a GPU-hour"
+    )
+    return hours
+
+
+def _memory(recipe: Recipe, parameters: Named, has_muon: bool, tokens: int, gpus: int) -> tuple[float, float]:
+    """Bytes of all states, and of one GPU's activations.
+
+    Weights, gradients and EMA are float32, as are one momentum (Muon) or two moments (AdamW). Activations kept for
+    backward, in 16-bit numbers: about 11 hidden and 3 MLP widths a token and block, 3 hidden widths a text token.
+    """
+    count = sum(p.numel() for _, p in parameters)
+    muon = sum(p.numel() for _, p in split(parameters, recipe)[0]) if has_muon else 0
+    state = 4.0 * (3 * count + muon + 2 * (count - muon))
+    model, routing = recipe.model, recipe.routing
+    kept = tokens * (1 - routing.selection_ratio) if routing.enabled else tokens
+    routed_blocks = routing.end - routing.start + 1 if routing.enabled else 0
+    seen = routed_blocks * kept + (model.depth - routed_blocks) * tokens
+    widths = seen * (11 * model.hidden_size + 3 * model.mlp_size)
+    widths += model.depth * recipe.text.max_tokens * 3 * model.hidden_size
+    return state, 2.0 * widths * recipe.train.batch / gpus
+
+
+def _kinds(parameters: Named) -> str:
+    """How many tensors and numbers, and which: names with block numbers taken out."""
+    if not parameters:
+        return "nothing"
+    kinds: dict[str, int] = {}
+    for name, _ in parameters:
+        parts = [part for part in name.split(".") if not part.isdigit() or "blocks" not in name]
+        kinds[".".join(parts)] = kinds.get(".".join(parts), 0) + 1
+    listed = ", ".join(f"{name} x{n}" if n > 1 else name for name, n in kinds.items())
+    return f"{len(parameters)} tensors, {sum(p.numel() for _, p in parameters):,} numbers ({listed})"

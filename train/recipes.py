@@ -1,0 +1,345 @@
+"""Presets: functions that return a frozen dataclass, a section for every ingredient of the recipe.
+
+No torch here, so that `--help` answers at once. The `prx-*` presets are RECIPE.md field by field.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from prx_model.config import PRXConfig, Routing, Sampling, prx_1_2b, prx_small, prx_tiny
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where pictures and captions come from."""
+
+    kind: Literal["shapes", "scenes", "images"] = "images"
+    """shapes and scenes are drawn on the fly; images are read from `path`."""
+    path: str = ""
+    """Folder of parquet files, or of pictures with a captions.jsonl."""
+    height: int = 512
+    width: int = 512
+    image_column: str = "image"
+    caption_columns: tuple[str, ...] = ("caption",)
+    """One of them is drawn at each visit."""
+    style_column: str = ""
+    """Column whose value selects a caption's prefix."""
+    style_prefixes: tuple[str, ...] = ()
+    """Entries "value=prefix" for `style_column`."""
+    flip: float = 0.0
+    """Probability of a mirrored picture."""
+    workers: int = 0
+    """Processes that read and decode; 0 does it between steps."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text tower."""
+
+    kind: Literal["bytes", "t5gemma"] = "t5gemma"
+    name: str = "google/t5gemma-2b-2b-ul2"
+    """Hub name or folder (t5gemma)."""
+    max_tokens: int = 256
+    depth: int = 2
+    """Blocks of the byte tower."""
+    num_heads: int = 4
+    """Heads of the byte tower."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Flow matching with x-prediction (RECIPE.md, "Objective")."""
+
+    shift: float = 3.0
+    uniform_fraction: float = 0.1
+    t_floor: float = 1e-3
+    """Smallest t in training."""
+    t_min: float = 0.05
+    """Lower clamp of t in the loss."""
+    noise_scale: float = 1.0
+    caption_drop: float = 0.1
+
+
+@dataclass(frozen=True)
+class REPA:
+    """Alignment of inner features with DINOv3's (https://arxiv.org/abs/2410.06940)."""
+
+    enabled: bool = False
+    weight: float = 0.5
+    layer: int = 7
+    """0-based block behind which features are taken."""
+    teacher: str = "vit_large_patch16_dinov3"
+    """timm's name of DINOv3 ViT-L/16."""
+    projector_layers: int = 3
+
+
+@dataclass(frozen=True)
+class LPIPS:
+    """Perceptual loss on whole pictures at half size (https://arxiv.org/abs/1801.03924)."""
+
+    enabled: bool = False
+    weight: float = 0.1
+    network: str = "vgg"
+    scale: float = 0.5
+
+
+@dataclass(frozen=True)
+class PDINO:
+    """Cosine distance of DINOv2 patch features of prediction and picture."""
+
+    enabled: bool = False
+    weight: float = 0.01
+    teacher: str = "vit_base_patch14_reg4_dinov2"
+    """timm's name of DINOv2 ViT-B/14 with registers."""
+    size: int = 224
+    """Pixels a side of the teacher's input."""
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Muon for the 2-D weights inside `blocks` (https://kellerjordan.github.io/posts/muon/)."""
+
+    enabled: bool = True
+    lr: float = 1e-4
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Adam:
+    """AdamW for every other parameter, and for all of them without Muon."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Length, batch and the outer loop."""
+
+    steps: int = 100_000
+    batch: int = 1024
+    """Pictures a step, over all ranks."""
+    warmup: int = 1_000
+    """Steps of linear warm-up of the learning rates."""
+    cooldown: int = 0
+    """Last steps, over which the learning rates fall linearly to zero."""
+    clip: float = 0.2
+    """Largest norm of the gradient."""
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of activations; weights are fp32. auto is bf16 on a GPU, fp32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["sdpa", "varlen", "flash"] = "sdpa"
+
+
+@dataclass(frozen=True)
+class EMASettings:
+    """Exponential moving average of the weights, used for samples and evaluation."""
+
+    decay: float = 0.999
+    every: int = 10
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured and drawn on the way."""
+
+    every: int = 2_000
+    """Steps between evaluations; the end always has one."""
+    prompts: int = 450
+    """Held-out prompts that the oracle scores at the end (shapes, scenes)."""
+    images: int = 512
+    """Validation pictures of the held-out loss (images)."""
+    grid: int = 16
+    """Pictures in a sample grid."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saving and resuming."""
+
+    every: int = 1_000
+    keep: int = 2
+    """Newest complete checkpoints that stay."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile, block by block."""
+
+    enabled: Literal["auto", "yes", "no"] = "auto"
+    """auto compiles on a GPU only."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run is written."""
+
+    folder: str = "runs"
+    name: str = ""
+    """The run's folder is <folder>/<name>; the preset's name unless given."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that defines a run of one stage."""
+
+    preset: str
+    data: Data
+    model: PRXConfig
+    text: Text = field(default_factory=Text)
+    flow: Flow = field(default_factory=Flow)
+    routing: Routing = field(default_factory=Routing)
+    repa: REPA = field(default_factory=REPA)
+    lpips: LPIPS = field(default_factory=LPIPS)
+    pdino: PDINO = field(default_factory=PDINO)
+    muon: Muon = field(default_factory=Muon)
+    adam: Adam = field(default_factory=Adam)
+    ema: EMASettings = field(default_factory=EMASettings)
+    train: Train = field(default_factory=Train)
+    sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    compile: Compile = field(default_factory=Compile)
+    output: Output = field(default_factory=Output)
+
+
+@dataclass(frozen=True)
+class TwoStages:
+    """Two recipes in sequence; weights, EMA and optimizer state carry over (RECIPE.md, last section)."""
+
+    preset: str
+    stage1: Recipe
+    stage2: Recipe
+
+
+def shapes() -> Recipe:
+    """One coloured shape on a coloured background, 32 px: two CPU cores, minutes. Dense: routing cost accuracy."""
+    return Recipe(
+        preset="shapes",
+        data=Data(kind="shapes", height=32, width=32),
+        model=prx_tiny(),
+        text=Text(kind="bytes", max_tokens=64),
+        flow=Flow(shift=2.5),
+        routing=Routing(enabled=False, start=1, end=2),
+        muon=Muon(lr=1.5e-2),
+        adam=Adam(lr=3e-3),
+        ema=EMASettings(decay=0.995, every=1),
+        train=Train(steps=3_000, batch=32, warmup=100, cooldown=600, clip=1.0),
+        sampling=Sampling(steps=20, guidance=2.0, shift=2.5),
+        evaluation=Evaluation(every=1_000, prompts=450, grid=25),
+        checkpoint=Checkpoint(every=500),
+    )
+
+
+def scenes() -> Recipe:
+    """Two objects, sizes and a relation, 64 px: meant for a GPU."""
+    return Recipe(
+        preset="scenes",
+        data=Data(kind="scenes", height=64, width=64, workers=4),
+        model=prx_small(),
+        text=Text(kind="bytes", max_tokens=96),
+        flow=Flow(shift=2.5),
+        routing=Routing(enabled=False, start=1, end=6),
+        muon=Muon(lr=5e-3),
+        adam=Adam(lr=1e-3),
+        ema=EMASettings(decay=0.999, every=1),
+        train=Train(steps=20_000, batch=256, warmup=500, cooldown=4_000, clip=1.0),
+        sampling=Sampling(steps=28, guidance=2.0, shift=2.5),
+        evaluation=Evaluation(every=2_000, prompts=512, grid=25),
+        checkpoint=Checkpoint(every=1_000),
+    )
+
+
+def pictograms() -> Recipe:
+    """Small real captioned pictures from a parquet folder: 64 px on a CPU, 128 px on a GPU."""
+    return Recipe(
+        preset="pictograms",
+        data=Data(
+            kind="images",
+            height=64,
+            width=64,
+            image_column="image64",
+            style_column="source",
+            style_prefixes=("noto-emoji=flat icon of", "fluent-3d=3D render of"),
+            workers=1,
+        ),
+        model=prx_small(),
+        text=Text(kind="bytes", max_tokens=64),
+        flow=Flow(shift=2.5),
+        routing=Routing(enabled=False, start=1, end=6),
+        muon=Muon(lr=5e-3),
+        adam=Adam(lr=1e-3),
+        ema=EMASettings(decay=0.999, every=1),
+        train=Train(steps=12_000, batch=32, warmup=200, cooldown=2_400, clip=1.0),
+        sampling=Sampling(steps=28, guidance=3.0, shift=2.5),
+        evaluation=Evaluation(every=1_000, images=218, grid=16),
+        checkpoint=Checkpoint(every=500),
+    )
+
+
+def prx_512() -> Recipe:
+    """Stage 1 of PRX Part 3: 512 px, 100,000 steps of 1,024 pictures, REPA on."""
+    return Recipe(
+        preset="prx-512",
+        data=Data(kind="images", height=512, width=512, workers=8),
+        model=prx_1_2b(),
+        text=Text(),
+        flow=Flow(),
+        routing=Routing(enabled=True, start=1, end=14, selection_ratio=0.5),
+        repa=REPA(enabled=True),
+        lpips=LPIPS(enabled=True),
+        pdino=PDINO(enabled=True),
+        muon=Muon(),
+        adam=Adam(),
+        ema=EMASettings(decay=0.999, every=10),
+        train=Train(steps=100_000, batch=1024, warmup=1_000, clip=0.2),
+        sampling=Sampling(steps=28, guidance=3.5),
+    )
+
+
+def prx_1024() -> Recipe:
+    """Stage 2 of PRX Part 3: 1024 px, 20,000 steps of 512 pictures, REPA off, no second warm-up."""
+    first = prx_512()
+    return replace(
+        first,
+        preset="prx-1024",
+        data=replace(first.data, height=1024, width=1024),
+        repa=replace(first.repa, enabled=False),
+        train=replace(first.train, steps=20_000, batch=512, warmup=0),
+    )
+
+
+def prx_24h() -> TwoStages:
+    """The whole run of PRX Part 3: prx-512, then prx-1024."""
+    return TwoStages(preset="prx-24h", stage1=prx_512(), stage2=prx_1024())
+
+
+PRESETS: dict[str, Callable[[], Recipe | TwoStages]] = {
+    "shapes": shapes,
+    "scenes": scenes,
+    "pictograms": pictograms,
+    "prx-512": prx_512,
+    "prx-1024": prx_1024,
+    "prx-24h": prx_24h,
+}
+
+
+def for_device(recipe: Recipe, device: str) -> Recipe:
+    """The recipe as this kind of device runs it: `pictograms` reads 128 px on a GPU, unless its size was set."""
+    preset = pictograms()
+    same_size = (recipe.data.height, recipe.data.width, recipe.data.image_column) == (
+        preset.data.height,
+        preset.data.width,
+        preset.data.image_column,
+    )
+    if recipe.preset == "pictograms" and device == "cuda" and same_size:
+        return replace(recipe, data=replace(recipe.data, height=128, width=128, image_column="image"))
+    return recipe

@@ -1,0 +1,101 @@
+"""A run's folder: where its parts lie, its recipe as config.json, and what may change between two starts.
+
+No torch here.
+"""
+
+import json
+import types
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from train.errors import UserError
+from train.recipes import Recipe
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+SAMPLES = "samples"
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+
+# Settings that do not change what is computed up to the step reached: a run may go on with other values.
+_FREE = ("output.", "evaluation.", "checkpoint.", "data.path", "data.workers", "train.steps", "train.cooldown")
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """The folder of a recipe's run."""
+    return Path(recipe.output.folder) / (recipe.output.name or recipe.preset)
+
+
+def write_config(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe as config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+
+
+def read_config(folder: Path) -> Recipe:
+    """Read config.json back.
+
+    Raises:
+        UserError: there is none, or it is not a recipe.
+    """
+    path = folder / CONFIG
+    try:
+        return _build(Recipe, json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {CONFIG}: it is neither a run's folder nor a checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"{path} is not a recipe of this version ({error}); start a new run with --output.name"
+        ) from None
+
+
+def check_same_run(folder: Path, recipe: Recipe) -> None:
+    """Refuse to go on in a folder whose run was started with other settings.
+
+    Raises:
+        UserError: naming the fields that differ.
+    """
+    before, now = dict(_flat(asdict(read_config(folder)))), dict(_flat(asdict(recipe)))
+    changed = [
+        f"{name} {before.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(_FREE)
+    ]
+    if changed:
+        shown = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+        raise UserError(
+            f"{folder} holds a run with other settings ({shown}); give this one its own --output.name, "
+            "or start the old command again to go on"
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """Rebuild a value of a type from JSON, checking it as it is built."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        unknown = set(value) - {item.name for item in fields(kind)}
+        if unknown:
+            raise ValueError(f"{kind.__name__} has no field {sorted(unknown)[0]!r}")
+        return kind(**{name: _build(hints[name], part) for name, part in value.items()})
+    if get_origin(kind) is tuple:
+        item_types = get_args(kind)
+        if len(item_types) == 2 and item_types[1] is Ellipsis:
+            return tuple(_build(item_types[0], part) for part in value)
+        return tuple(_build(item, part) for item, part in zip(item_types, value, strict=True))
+    if get_origin(kind) in (Union, types.UnionType):
+        return None if value is None else _build(next(a for a in get_args(kind) if a is not type(None)), value)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{value!r} is none of {get_args(kind)}")
+        return value
+    return kind(value)

@@ -1,0 +1,64 @@
+"""Train a text-to-image model by a preset, draw it, and say how well it follows its prompts.
+
+torchrun --standalone train/speedrun.py [preset] [--section.field value ...]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from train.commandline import parse  # noqa: E402
+from train.errors import UserError, exit_with_sentence  # noqa: E402
+
+
+def main() -> int:
+    command = parse(sys.argv[1:])
+
+    from train.recipes import TwoStages
+
+    recipe = command.recipe
+    if command.dry_run.enabled:
+        from train.plan import print_plan
+
+        print_plan(recipe, command.dry_run)
+        return 0
+    if isinstance(recipe, TwoStages):
+        from train.build import check_ingredients
+
+        check_ingredients(recipe.stage1)
+        raise UserError("this version trains one stage at a time: run prx-512; --dry-run shows the plan of both")
+
+    from train import parallel
+    from train.loop import Trainer
+    from train.recipes import for_device
+
+    world = parallel.start(recipe.train)
+    try:
+        outcome = Trainer(for_device(recipe, world.device.type), world).run()
+    finally:
+        parallel.finish()
+    if world.is_main:
+        print(report(outcome.finished, outcome.step, outcome.scores, outcome.grid, outcome.folder), flush=True)
+    return 0
+
+
+def report(finished: bool, step: int, scores: dict[str, float], grid: Path | None, folder: Path) -> str:
+    """The last line of a run."""
+    if not finished:
+        return f"stopped at step {step}; the same command goes on from {folder}"
+    parts = []
+    if "combinations/all" in scores:
+        named = {key.removeprefix("combinations/"): v for key, v in scores.items() if key.startswith("combinations/")}
+        count = int(named.pop("count"))
+        listed = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
+        parts.append(f"prompt accuracy on {count} prompts never trained on: {listed}")
+        parts.append(f"on colour and shape pairs never trained on: all {scores['pairs/all']:.3f}")
+    if "loss" in scores:
+        parts.append(f"held-out loss {scores['loss']:.4f}")
+    parts.append(f"samples: {grid}" if grid else f"run: {folder}")
+    return "; ".join(parts)
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)
