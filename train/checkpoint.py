@@ -72,7 +72,7 @@ def complete(run: Path) -> list[Path]:
 
 def load_newest(run: Path) -> tuple[Saved | None, list[str]]:
     """The newest checkpoint of a run that is whole, and a message for every newer one that was damaged."""
-    messages = []
+    messages: list[str] = []
     for folder in reversed(complete(run)):
         try:
             return load(folder), messages

@@ -58,7 +58,7 @@ def prompt_accuracy(modules: Modules, recipe: Recipe) -> dict[str, float]:
     """
     source = {"shapes": shapes, "scenes": scenes}[recipe.data.kind]
     count = recipe.evaluation.prompts
-    result = {}
+    result: dict[str, float] = {}
     for split_name, number in (("combinations", count), ("pairs", max(1, count // 2))):
         prompts = source.held_out_prompts(split_name, number, 0)
         images = draw(modules, [p.caption for p in prompts], recipe)

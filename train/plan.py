@@ -58,7 +58,7 @@ def _print_stage(recipe: Recipe, assumed: DryRun) -> float:
     batch, length = recipe.train.batch, recipe.text.max_tokens
     routed = batch * training_flop(recipe.model, tokens, length, recipe.routing)
     dense = batch * training_flop(recipe.model, tokens, length)
-    orthogonalise = sum(newton_schulz_flop(*p.shape, recipe.muon.ns_steps) for _, p in muon)
+    orthogonalise = sum(newton_schulz_flop(p.shape[0], p.shape[1], recipe.muon.ns_steps) for _, p in muon)
     seconds = routed / (assumed.gpus * assumed.peak_tflops * 1e12 * assumed.mfu)
     hours = seconds * recipe.train.steps / 3600
     state, activations = _memory(recipe, parameters, len(muon) > 0, tokens, assumed.gpus)

@@ -112,7 +112,7 @@ def to_uint8(image: Tensor) -> Tensor:
     return image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
-class _Numbered:
+class _Numbered(torch.utils.data.Dataset[tuple[int, Example]]):
     """A dataset whose items carry their position."""
 
     def __init__(self, dataset: Dataset) -> None:

@@ -1,0 +1,102 @@
+"""Draw pictures with a trained model.
+
+python train/generate.py runs/shapes "a red circle on a blue background, top left" --out picture.png
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from train.errors import UserError, exit_with_sentence  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of generate.py; what is not given comes from the run's recipe."""
+
+    run: Path
+    """A run's folder or a checkpoint."""
+    prompts: tuple[str, ...]
+    """One or more prompts."""
+    out: Path = Path("picture.png")
+    steps: int | None = None
+    """Euler steps."""
+    guidance: float | None = None
+    """1 is no guidance."""
+    guidance_kind: Literal["cfg", "self"] | None = None
+    """cfg: against the empty prompt; self: against a routed pass."""
+    seed: int = 0
+    """Of the first picture; the next ones count up."""
+    grid: int = 1
+    """Pictures for each prompt; more than one picture in all gives a grid with captions."""
+    height: int | None = None
+    width: int | None = None
+    weights: Literal["ema", "raw"] = "ema"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def main() -> int:
+    import tyro
+
+    arguments = tyro.cli(_positional(), prog="generate.py", description=__doc__)
+    if not arguments.prompts:
+        raise UserError('give at least one prompt, as in generate.py runs/shapes "a red circle" --out picture.png')
+    if arguments.grid < 1:
+        raise UserError(f"--grid is the number of pictures for each prompt and at least 1, got {arguments.grid}")
+    if not arguments.run.is_dir():
+        raise UserError(f"there is no folder {arguments.run}; give a run's folder, or one of its checkpoints/step-N")
+    if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--out {arguments.out} must end in .png, .jpg or .webp")
+    draw(arguments)
+    print(arguments.out)
+    return 0
+
+
+def draw(arguments: Arguments) -> None:
+    """Draw and write the picture or the grid.
+
+    Raises:
+        UserError: a folder that holds no model, or settings that do not fit it.
+    """
+    from train import evaluate, parallel
+    from train.pictures import save_grid, save_picture
+    from train.recipes import Train
+    from train.trained import load_trained
+
+    world = parallel.start(Train(device=arguments.device))
+    trained = load_trained(arguments.run, world.device, weights=arguments.weights)
+    recipe = trained.recipe
+    changes = {name: getattr(arguments, name) for name in ("steps", "guidance", "guidance_kind")}
+    size = {name: getattr(arguments, name) for name in ("height", "width")}
+    try:
+        sampling = replace(recipe.sampling, **{k: v for k, v in changes.items() if v is not None})
+        data = replace(recipe.data, **{k: v for k, v in size.items() if v is not None})
+        recipe.model.tokens(data.height, data.width)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if sampling.guidance_kind == "self" and not recipe.routing.enabled:
+        print("note: this model was trained without routing; self-guidance then often makes pictures worse")
+    prompts = [prompt for prompt in arguments.prompts for _ in range(arguments.grid)]
+    seeds = range(arguments.seed, arguments.seed + len(prompts))
+    with parallel.precision(recipe.train, world.device):
+        images = evaluate.draw(trained.modules, prompts, replace(recipe, sampling=sampling, data=data), seeds=seeds)
+    if len(prompts) == 1:
+        save_picture(images[0], arguments.out)
+    else:
+        save_grid(images, prompts, arguments.out)
+
+
+def _positional() -> type[Arguments]:
+    """`Arguments` with its first two fields as positional words; tyro is imported only where it parses."""
+    import tyro
+
+    Arguments.__annotations__["run"] = Annotated[Path, tyro.conf.Positional]
+    Arguments.__annotations__["prompts"] = Annotated[tuple[str, ...], tyro.conf.Positional]
+    return Arguments
+
+
+if __name__ == "__main__":
+    exit_with_sentence(main)
