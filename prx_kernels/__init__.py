@@ -3,8 +3,8 @@
 Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definition in `prx_kernels.reference`.
 """
 
-from .pixel_loss import unpatchify, x_prediction_loss
-from .reference import kept_tokens, patchify, philox_normal
+from .pixel_loss import patchify, unpatchify, x_prediction_loss
+from .reference import kept_tokens, philox_normal
 from .token_routing import enter_route, exit_route, gather_tokens, sample_keep, scatter_tokens
 
 __version__ = "0.1.0"

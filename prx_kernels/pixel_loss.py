@@ -7,6 +7,16 @@ from torch import Tensor
 from . import reference
 
 
+def patchify(image: Tensor, patch_size: int) -> Tensor:
+    """Cut (batch, channels, H, W) into (batch, H/p·W/p, channels·p²), features in the order (channel, row, column).
+
+    Raises:
+        ValueError: the size is not a multiple of the patch.
+    """
+    _check_size(image.shape[2], image.shape[3], patch_size)
+    return reference.patchify(image, patch_size)
+
+
 def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tensor:
     """Put patches back in place: (batch, H/p·W/p, channels·p²) -> (batch, channels, H, W), dtype kept.
 

@@ -32,6 +32,7 @@ def philox_uint32(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
     Returns:
         (batch, count) int64 in [0, 2^32).
     """
+    sample_ids = sample_ids.to(torch.int64)  # narrower integers would lose the upper word of the counter
     blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=sample_ids.device)
     shape = (sample_ids.shape[0], blocks.shape[0])
     c0 = blocks.expand(shape)

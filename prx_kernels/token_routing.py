@@ -38,7 +38,7 @@ def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
 
 def scatter_tokens(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     """Put y (batch, K, ...) at rows `keep` (batch, K; unique in a row) of a copy of x (batch, N, ...), dtype kept."""
-    _check_keep(x, keep)
+    _check_rows(x, y, keep)
     return reference.scatter_tokens(x, y, keep)
 
 
@@ -58,7 +58,7 @@ def enter_route(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 def exit_route(y: Tensor, byp: Tensor, keep: Tensor) -> Tensor:
     """Join tokens behind the routed blocks: rows `keep` from y (batch, K, C), the others from byp (batch, N, C)."""
-    _check_keep(byp, keep)
+    _check_rows(byp, y, keep)
     return reference.scatter_tokens(byp, y, keep)
 
 
@@ -68,4 +68,13 @@ def _check_keep(x: Tensor, keep: Tensor) -> None:
     if keep.ndim != 2 or keep.shape[0] != x.shape[0] or not 0 < keep.shape[1] <= x.shape[1]:
         raise ValueError(
             f"keep must be (batch, K) with 0 < K <= tokens for x of shape {tuple(x.shape)}, got {tuple(keep.shape)}"
+        )
+
+
+def _check_rows(x: Tensor, y: Tensor, keep: Tensor) -> None:
+    _check_keep(x, keep)
+    if y.shape != keep.shape + x.shape[2:]:
+        raise ValueError(
+            f"y must be {tuple(keep.shape + x.shape[2:])} for keep {tuple(keep.shape)} and x {tuple(x.shape)}, "
+            f"got {tuple(y.shape)}"
         )

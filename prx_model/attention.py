@@ -46,6 +46,10 @@ def attend(
     Returns:
         (batch, heads, N, head_dim), dtype of the query.
     """
+    if backend != "sdpa" and mask is not None:
+        # Packed kernels leave the gradient of keys behind the last segment unwritten (empty_like): cut it off here.
+        padding = ~mask[:, None, :, None]
+        text_kv = text_kv[0].masked_fill(padding, 0.0), text_kv[1].masked_fill(padding, 0.0)
     key = torch.cat((text_kv[0], image_kv[0]), dim=2)
     value = torch.cat((text_kv[1], image_kv[1]), dim=2)
     if backend == "sdpa":

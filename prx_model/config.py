@@ -34,6 +34,10 @@ class PRXConfig:
                 raise ValueError(f"PRXConfig.{name} must be at least 1, got {getattr(self, name)}")
         if self.bottleneck_size is not None and self.bottleneck_size < 1:
             raise ValueError(f"PRXConfig.bottleneck_size must be at least 1 or None, got {self.bottleneck_size}")
+        if self.mlp_size < 1:
+            raise ValueError(f"PRXConfig.mlp_ratio must give the MLP at least one feature, got {self.mlp_ratio}")
+        if self.theta <= 0:
+            raise ValueError(f"PRXConfig.theta must be positive, got {self.theta}")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"PRXConfig.hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}"

@@ -61,11 +61,16 @@ class EMA:
         """Copy averages back in place.
 
         Raises:
-            ValueError: names that differ from the model's.
+            ValueError: names or shapes that differ from the model's.
         """
         if set(state) != set(self.names):
             odd = sorted(set(state) ^ set(self.names))
             raise ValueError(f"EMA names differ from the model's: {', '.join(odd[:5])}")
+        for name, average in zip(self.names, self.averages, strict=True):
+            if state[name].shape != average.shape:
+                raise ValueError(
+                    f"EMA of {name} has shape {tuple(state[name].shape)}, the model's is {tuple(average.shape)}"
+                )
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(state[name])
 

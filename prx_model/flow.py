@@ -32,11 +32,12 @@ def sample_t(
         t_floor: smallest t.
 
     Returns:
-        (batch,) float32 in [t_floor, 1).
+        (batch,) float32 in [t_floor, 1].
     """
     batch = sample_ids.shape[0]
     normal = philox_normal(seed, (batch, 8), sample_ids=sample_ids)
-    shifted = shift_time(torch.sigmoid(normal), shift)
+    # Not torch.sigmoid: on a CPU its last bit depends on the place in the batch, and so on the world size.
+    shifted = shift_time(1.0 / (1.0 + torch.exp(-normal)), shift)
     first_valid = (shifted >= t_floor).to(torch.int8).argmax(dim=1, keepdim=True)
     shifted = shifted.gather(1, first_valid)[:, 0].clamp(min=t_floor)
     # Words 8 and 9 follow the eight that the normals have used.
@@ -52,7 +53,7 @@ def draw_noise(seed: Tensor, sample_ids: Tensor, image: Tensor) -> Tensor:
 
 def add_noise(image: Tensor, noise: Tensor, t: Tensor, *, noise_scale: float = 1.0) -> Tensor:
     """Noisy picture `x_t = (1-t)·x0 + t·noise_scale·eps`; image and noise (batch, C, H, W), t (batch,)."""
-    t = t.to(image.dtype)[:, None, None, None]
+    t = t[:, None, None, None]  # never rounded to the picture's dtype: the model is told the exact t
     return (1 - t) * image + t * (noise_scale * noise)
 
 

@@ -3,14 +3,13 @@
 Every picture has its own seed, so what is drawn does not depend on the batch it is drawn in.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from prx_kernels import philox_normal, sample_keep
 
 from .config import Routing, Sampling
-from .flow import velocity
+from .flow import shift_time, velocity
 from .transformer import PRXTransformer
 
 # Streams of one picture's seed: the initial noise, and the kept tokens of each step (added to it).
@@ -24,13 +23,9 @@ def time_grid(steps: int, shift: float) -> Tensor:
     The grid of diffusers' `FlowMatchEulerDiscreteScheduler(shift=shift)` with 1,000 training steps, which exported
     pipelines use: equal steps from 1 to the shifted 1/1000, shifted, and a last 0.
     """
-
-    def shifted(t: np.ndarray) -> np.ndarray:
-        return shift * t / (1 + (shift - 1) * t)
-
-    lowest = float(shifted(np.array(1e-3)))
-    grid = shifted(np.linspace(1.0, lowest, steps))
-    return torch.from_numpy(np.append(grid, 0.0).astype(np.float32))
+    lowest = shift_time(torch.tensor(1e-3, dtype=torch.float64), shift).item()
+    grid = shift_time(torch.linspace(1.0, lowest, steps, dtype=torch.float64), shift)
+    return torch.cat((grid, torch.zeros(1, dtype=torch.float64))).float()
 
 
 def initial_noise(seeds: Tensor, channels: int, height: int, width: int) -> Tensor:

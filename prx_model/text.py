@@ -135,17 +135,24 @@ class T5GemmaTower(nn.Module):
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__()
-        from transformers import AutoTokenizer, T5GemmaEncoderModel
+        from safetensors import SafetensorError
+        from transformers import AutoConfig, AutoTokenizer, T5GemmaEncoderModel
 
         self.max_tokens = max_tokens
+        local = Path(name).exists()
+        if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+            raise ValueError(f"there is no folder {name!r} to load T5Gemma from; give text.name one, or a hub name")
         try:
+            kind = AutoConfig.from_pretrained(name, revision=revision).model_type
+            if kind != "t5gemma":  # transformers would go on, with a full-size encoder of random weights
+                raise ValueError(f"its config.json says model_type {kind!r} where 't5gemma' is needed")
             self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
             model, info = T5GemmaEncoderModel.from_pretrained(
                 name, revision=revision, dtype=dtype, is_encoder_decoder=False, output_loading_info=True
             )
-        except (OSError, ValueError) as error:
-            where = "folder" if Path(name).exists() else "hub model"
-            reason = str(error).strip().splitlines()[0]
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            where = "folder" if local else "hub model"
+            reason = str(error).strip().splitlines()[0].rstrip(".")
             raise ValueError(
                 f"T5Gemma could not be loaded from the {where} {name!r}: {reason}; give text.name a folder with "
                 "config.json, model.safetensors and the tokenizer, or a hub name you have access to"
@@ -155,9 +162,13 @@ class T5GemmaTower(nn.Module):
             raise ValueError(
                 f"{name!r} lacks {len(missing)} encoder weights, first {missing[0]!r}: not a T5Gemma encoder"
             )
-        self.encoder = model.encoder.eval().requires_grad_(False)
-        self.width: int = self.encoder.config.hidden_size
-        self.tokenizer.padding_side = "right"
+        self.encoder = model.eval().requires_grad_(False)
+        self.width: int = model.encoder.config.hidden_size
+        self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"
+
+    def train(self, mode: bool = True) -> "T5GemmaTower":
+        """Stay in evaluation mode, whatever holds this tower: frozen means no dropout too."""
+        return super().train(False)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (batch, max_tokens) int64 and bool, padded on the right."""

@@ -61,7 +61,8 @@ class PRXTransformer(nn.Module):
         """Predict the clean picture.
 
         Args:
-            image: (batch, channels, height, width), the noisy picture; both sides multiples of the patch.
+            image: (batch, channels, height, width), the noisy picture; both sides multiples of the patch. Image and
+                text are cast to the weights' dtype, t never.
             t: (batch,) or (1,) float32 in [0, 1], 1 is pure noise.
             text: (batch, L, context_in_dim) embeddings.
             text_mask: (batch, L) bool, True at real tokens; None where all are real.
@@ -111,8 +112,9 @@ class PRXTransformer(nn.Module):
             (batch, N, channels·patch²); with `feature_layer` also the features (batch, N or K, hidden).
         """
         rows, columns = self._check(image, t, text, text_mask, keep, route, feature_layer)
-        x: Tensor = self.img_in(patchify(image, self.config.patch_size))
-        text = self.txt_in(text)
+        dtype = self.txt_in.weight.dtype
+        x: Tensor = self.img_in(patchify(image, self.config.patch_size).to(dtype))
+        text = self.txt_in(text.to(dtype))
         temb = self.time_in(t)
         rotary = rotary_table(rows, columns, self.config.axes_dim, self.config.theta, image.device)
         start, end = route if route is not None and keep is not None else (-1, -1)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prx_model.attention import check_backend
 from prx_model.text import ByteTower, T5GemmaTower
 from prx_model.transformer import PRXTransformer
 from train.errors import UserError
@@ -38,6 +39,10 @@ def build(recipe: Recipe, device: torch.device) -> Modules:
         UserError: sizes that do not fit one another, or a text encoder that cannot be loaded.
     """
     check(recipe)
+    try:
+        check_backend(recipe.train.attention, device)
+    except ValueError as error:
+        raise UserError(f"train.attention: {error}") from None
     model = PRXTransformer(recipe.model, attention=recipe.train.attention)
     model.init_weights(torch.Generator().manual_seed(derive_seed(recipe.train.seed, purpose="weights")))
     tower = _tower(recipe)

@@ -1,8 +1,11 @@
 """The command line of `speedrun.py`: a preset, then `--section.field value`; read before torch is imported."""
 
+import io
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import takewhile
 from typing import Any
 
 from train.errors import UserError, nearest
@@ -38,7 +41,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
     Raises:
         UserError: an unknown preset or field (with the nearest name), or a value that does not fit its field.
-        SystemExit: `--help` was asked for (code 0), or a value of the wrong type (tyro says which, code 2).
+        SystemExit: `--help` was asked for (code 0).
     """
     words = list(arguments)
     preset = "shapes"
@@ -68,13 +71,24 @@ def field_names(settings: Any, prefix: str = "") -> Iterator[str]:
 def _parse_fields(words: list[str], recipe: Recipe | TwoStages, preset: str) -> Recipe | TwoStages:
     import tyro
 
+    printed = io.StringIO()
     try:
-        parsed = tyro.cli(type(recipe), args=words, default=recipe, prog=f"speedrun.py {preset}", description="")
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        with redirect_stderr(printed):
+            parsed = tyro.cli(type(recipe), args=words, default=recipe, prog=f"speedrun.py {preset}", description="")
+    except SystemExit as left:
+        if not left.code:
+            raise
+        raise UserError(_one_sentence(printed.getvalue())) from None
     if parsed.preset != preset:
         raise UserError(f"--preset cannot be set: the preset is the first word, as in 'speedrun.py {parsed.preset}'")
     return parsed
+
+
+def _one_sentence(box: str) -> str:
+    """tyro's framed message as one line: its first paragraph, without the frame and the title."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    paragraph = list(takewhile(lambda line: not line.startswith("──"), lines))
+    return " ".join(line for line in paragraph if line) or "the arguments cannot be read; --help lists all fields"
 
 
 def _check_names(words: list[str], recipe: Recipe | TwoStages) -> None:

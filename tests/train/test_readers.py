@@ -48,8 +48,11 @@ def write_parquet(file: Path, rows: int, *, first: int = 0, row_group_size: int 
     file.parent.mkdir(parents=True, exist_ok=True)
     numbers = range(first, first + rows)
     table = {"caption": [f"grey {n}" for n in numbers], "image": [plain(n) for n in numbers], **columns}
-    pq.write_table(pa.table({name: cells for name, cells in table.items() if cells is not None}), file,
-                   row_group_size=row_group_size)
+    pq.write_table(
+        pa.table({name: cells for name, cells in table.items() if cells is not None}),
+        file,
+        row_group_size=row_group_size,
+    )
     return file
 
 
@@ -79,6 +82,7 @@ def sentence(call: Callable[[], object]) -> str:
 
 
 # Parquet
+
 
 def test_parquet_files_are_chosen_by_the_split_in_their_names(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data/train-00000-of-00002.parquet", 6)
@@ -118,8 +122,14 @@ def test_a_single_file_given_as_path_is_read_whatever_its_name(tmp_path: Path) -
 
 
 def test_parquet_row_gives_scalars_and_a_key_with_file_row_and_name(tmp_path: Path) -> None:
-    write_parquet(tmp_path / "train.parquet", 6, key=[f"k{n}" for n in range(6)], score=[n / 2 for n in range(6)],
-                  tags=[["a"]] * 6, row_group_size=2)
+    write_parquet(
+        tmp_path / "train.parquet",
+        6,
+        key=[f"k{n}" for n in range(6)],
+        score=[n / 2 for n in range(6)],
+        tags=[["a"]] * 6,
+        row_group_size=2,
+    )
     index = open_images(tmp_path)
     assert index.columns == ("caption", "key", "score")
     row = index.row(5)
@@ -133,8 +143,12 @@ def test_parquet_row_gives_scalars_and_a_key_with_file_row_and_name(tmp_path: Pa
 
 def test_parquet_cells_may_be_huggingface_structs_of_bytes_or_path(tmp_path: Path) -> None:
     (tmp_path / "on-disk.png").write_bytes(plain(77))
-    cells = [{"bytes": plain(5), "path": "a.png"}, {"bytes": None, "path": "on-disk.png"},
-             {"bytes": None, "path": "gone.png"}, None]
+    cells = [
+        {"bytes": plain(5), "path": "a.png"},
+        {"bytes": None, "path": "on-disk.png"},
+        {"bytes": None, "path": "gone.png"},
+        None,
+    ]
     write_parquet(tmp_path / "train.parquet", 4, image=cells)
     dataset = ImageDataset(open_images(tmp_path), height=8, width=8, seed=0, shuffle=False)
     assert [int(dataset[n].image.max()) for n in range(2)] == [5, 77]
@@ -171,8 +185,17 @@ def test_fingerprint_changes_with_data_and_split_but_not_with_the_place(tmp_path
         return open_images(tmp_path / folder, split=split).fingerprint
 
     assert fingerprint("a") == fingerprint("b")
-    assert len({fingerprint("a"), fingerprint("c", rows=5), fingerprint("d", split="val"),
-                fingerprint("e", extra=["x"] * 4)}) == 4
+    assert (
+        len(
+            {
+                fingerprint("a"),
+                fingerprint("c", rows=5),
+                fingerprint("d", split="val"),
+                fingerprint("e", extra=["x"] * 4),
+            }
+        )
+        == 4
+    )
 
 
 def captions_of(examples: Sequence[Example]) -> list[str]:
@@ -183,12 +206,17 @@ def test_dataloader_workers_read_what_the_parent_reads_after_it_has_read(tmp_pat
     write_parquet(tmp_path / "train.parquet", 10)
     dataset = ImageDataset(open_images(tmp_path), height=8, width=8, seed=0)
     expected = [dataset[position].caption for position in range(12)]
-    loader = DataLoader(dataset, batch_sampler=PositionSampler(global_batch=4, steps=3), num_workers=2,  # type: ignore
-                        collate_fn=captions_of)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=PositionSampler(global_batch=4, steps=3),
+        num_workers=2,  # type: ignore
+        collate_fn=captions_of,
+    )
     assert sum(loader, []) == expected
 
 
 # Image folder
+
 
 @pytest.mark.parametrize("field", ["file_name", "file", "image", "path"])
 def test_jsonl_may_name_the_file_in_four_ways(tmp_path: Path, field: str) -> None:
@@ -206,8 +234,13 @@ def test_jsonl_image_column_of_ones_own_comes_first(tmp_path: Path) -> None:
 
 
 def test_jsonl_splits_by_field_or_by_folder(tmp_path: Path) -> None:
-    by_field = write_folder(tmp_path / "field", [{"file_name": f"{n}.png", "caption": "c", "split": split}
-                                                 for n, split in enumerate(["train", "val", "train"])])
+    by_field = write_folder(
+        tmp_path / "field",
+        [
+            {"file_name": f"{n}.png", "caption": "c", "split": split}
+            for n, split in enumerate(["train", "val", "train"])
+        ],
+    )
     assert levels(by_field) == [0, 2]
     assert levels(by_field, split="val") == [1]
     by_folder = tmp_path / "folder"
@@ -231,6 +264,7 @@ def test_jsonl_with_blank_lines_byte_order_mark_and_nested_values(tmp_path: Path
 
 
 # Bad input
+
 
 def test_missing_path_names_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "pictograms").mkdir()
@@ -286,18 +320,22 @@ def test_broken_parquet_is_named(tmp_path: Path, content: bytes, what: str) -> N
 def test_parquet_damaged_in_the_middle_is_named_when_the_row_is_read(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "train.parquet", 8)
     content = bytearray(file.read_bytes())
-    content[4:len(content) // 3] = bytes(len(content) // 3 - 4)
+    content[4 : len(content) // 3] = bytes(len(content) // 3 - 4)
     file.write_bytes(content)
     index = open_images(tmp_path)
     assert "train.parquet: row group 0 cannot be read" in sentence(lambda: index.row(0))
 
 
-@pytest.mark.parametrize(("line", "what"), [
-    ("{oops", ":2: this line is no JSON"), ("[1]", ":2: this line is no JSON object, but list"),
-    ('{"caption": "c"}', ":2: no field names a picture file"),
-    ('{"file_name": "gone.png", "caption": "c"}', ":2: there is no picture file"),
-    ("\xff\xfe{", ":2: this line is no JSON"),  # written as Latin-1, so no UTF-8
-])
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("{oops", ":2: this line is no JSON"),
+        ("[1]", ":2: this line is no JSON object, but list"),
+        ('{"caption": "c"}', ":2: no field names a picture file"),
+        ('{"file_name": "gone.png", "caption": "c"}', ":2: there is no picture file"),
+        ("\xff\xfe{", ":2: this line is no JSON"),  # written as Latin-1, so no UTF-8
+    ],
+)
 def test_bad_jsonl_lines_are_named_by_number(tmp_path: Path, line: str, what: str) -> None:
     write_folder(tmp_path, [{"file_name": "a.png", "caption": "c"}])
     file = tmp_path / "captions.jsonl"
@@ -316,6 +354,7 @@ def test_empty_jsonl_and_files_that_vanish_later(tmp_path: Path) -> None:
 
 # Decoding
 
+
 def test_exact_size_is_not_resampled() -> None:
     pixels = noise(24, 40)
     assert np.array_equal(decode(encoded(Image.fromarray(pixels)), height=24, width=40, name="x"), pixels)
@@ -325,7 +364,7 @@ def test_exact_size_is_not_resampled() -> None:
 def test_one_axis_too_long_is_cropped_at_the_centre_without_resampling(height: int, width: int) -> None:
     pixels = noise(height, width)
     top, left = (height - 24) // 2, (width - 40) // 2
-    expected = pixels[top:top + 24, left:left + 40]
+    expected = pixels[top : top + 24, left : left + 40]
     assert np.array_equal(decode(encoded(Image.fromarray(pixels)), height=24, width=40, name="x"), expected)
 
 
@@ -374,9 +413,15 @@ def test_large_jpeg_decoded_at_reduced_scale_equals_full_resampling() -> None:
 def test_exif_orientation_is_undone(format: str, orientation: int) -> None:
     upright = smooth(48, 96)
     store: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-        5: lambda a: a.transpose(1, 0, 2), 6: lambda a: a.transpose(1, 0, 2)[::-1],
-        7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1], 8: lambda a: a.transpose(1, 0, 2)[:, ::-1]}
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: a.transpose(1, 0, 2)[::-1],
+        7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1],
+        8: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+    }
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encoded(Image.fromarray(np.ascontiguousarray(store[orientation](upright))), format, exif=exif, quality=95)
@@ -434,8 +479,9 @@ def test_animated_files_give_their_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
     for format in ("GIF", "WEBP", "PNG", "TIFF"):
         options = {"lossless": True} if format == "WEBP" else {}
-        image = decode(encoded(frames[0], format, save_all=True, append_images=frames[1:], **options),
-                       height=8, width=8, name="x")
+        image = decode(
+            encoded(frames[0], format, save_all=True, append_images=frames[1:], **options), height=8, width=8, name="x"
+        )
         assert image[4, 4].tolist() == [200, 0, 0]
 
 
@@ -443,8 +489,9 @@ def bomb(side: int) -> bytes:
     """A PNG of 70 bytes that says it has side × side pixels."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(data)) + name + data
-                                         + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -458,7 +505,7 @@ def test_decompression_bombs_are_refused_before_decoding(side: int) -> None:
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
 def test_truncated_files_are_refused(format: str, share: float) -> None:
     content = encoded(Image.fromarray(noise(200, 200)), format)
-    message = sentence(lambda: decode(content[:int(share * len(content))], height=64, width=64, name="here row 1"))
+    message = sentence(lambda: decode(content[: int(share * len(content))], height=64, width=64, name="here row 1"))
     assert message.startswith("here row 1: the picture cannot be decoded")
 
 
@@ -487,9 +534,15 @@ def test_embedded_profile_is_left_alone() -> None:
 
 # Examples
 
+
 def styled(tmp_path: Path, **options: Any) -> ImageDataset:
-    write_parquet(tmp_path / "train.parquet", 4, caption=["Cat.", " COOL button ", "A dog!", "A hat."],
-                  long=["A long cat.", None, "", "  "], source=["emoji", "emoji", "photo", None])
+    write_parquet(
+        tmp_path / "train.parquet",
+        4,
+        caption=["Cat.", " COOL button ", "A dog!", "A hat."],
+        long=["A long cat.", None, "", "  "],
+        source=["emoji", "emoji", "photo", None],
+    )
     columns = options.pop("caption_columns", ("caption",))
     index = open_images(tmp_path, caption_columns=columns)
     return ImageDataset(index, caption_columns=columns, height=8, width=8, seed=1, **options)
@@ -561,11 +614,15 @@ def test_unreadable_picture_in_a_set_names_path_and_row(tmp_path: Path) -> None:
     assert message.startswith(f"{tmp_path}: train.parquet row 1 (b): the picture cannot be decoded")
 
 
-@pytest.mark.parametrize(("options", "what"), [
-    ({"style_column": "sauce"}, r"no column 'sauce' \(style_column\).*did you mean 'source'"),
-    ({"flip": 1.5}, "flip is a probability from 0 to 1, got 1.5"), ({"flip": float("nan")}, "flip is a probability"),
-    ({"caption_columns": ()}, "caption_columns is empty"),
-])
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"style_column": "sauce"}, r"no column 'sauce' \(style_column\).*did you mean 'source'"),
+        ({"flip": 1.5}, "flip is a probability from 0 to 1, got 1.5"),
+        ({"flip": float("nan")}, "flip is a probability"),
+        ({"caption_columns": ()}, "caption_columns is empty"),
+    ],
+)
 def test_wrong_settings_are_refused(tmp_path: Path, options: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what):
         styled(tmp_path, **options)
@@ -587,6 +644,7 @@ def test_reading_needs_no_torch() -> None:
 
 # The real set
 
+
 def test_pictograms_have_their_rows_captions_and_pictures() -> None:
     if not PICTOGRAMS.is_dir():
         pytest.skip(f"the pictograms set is not at {PICTOGRAMS}")
@@ -594,8 +652,9 @@ def test_pictograms_have_their_rows_captions_and_pictures() -> None:
     for split, rows in (("train", 3673), ("val", 218)):
         index = open_images(PICTOGRAMS, image_column="image64", split=split)
         assert len(index) == rows
-        dataset = ImageDataset(index, height=64, width=64, seed=0, style_column="source", style_prefixes=prefixes,
-                               shuffle=False)
+        dataset = ImageDataset(
+            index, height=64, width=64, seed=0, style_column="source", style_prefixes=prefixes, shuffle=False
+        )
         for position in range(0, rows, 20):
             example, cells = dataset[position], index.row(position).columns
             prefix = prefixes.get(cells["source"])

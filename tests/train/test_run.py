@@ -1,0 +1,246 @@
+"""Whole runs at a tiny size: the folder they write, stopping and going on, several ranks, damaged checkpoints."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.train.commands import ROOT, TINY, run_program
+from train import checkpoint
+from train.errors import UserError
+from train.run_folder import read_config
+
+
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint as "file/name"."""
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    return {f"{p.stem}/{k}": v for p in sorted(folder.glob("*.safetensors")) for k, v in load_file(p).items()}
+
+
+def start(folder: Path, *extra: str, preset: str = "shapes") -> subprocess.CompletedProcess[str]:
+    return run_program("speedrun", preset, *TINY, "--output.folder", str(folder), *extra)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} tensors differ, first {different[0]}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps in one go, with checkpoints at 6 and 12."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = start(folder, "--train.steps", "12", "--checkpoint.every", "6", "--routing.enabled")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert "prompt accuracy on 8 prompts never trained on: colour" in last
+    assert last.endswith("samples/step-00000012.png")
+    return folder / "shapes"
+
+
+def test_a_run_writes_the_folder_of_the_design(whole: Path) -> None:
+    assert json.loads((whole / "config.json").read_text())["train"]["steps"] == 12
+    assert (whole / "latest").read_text().strip() == "checkpoints/step-00000012"
+    assert (whole / "checkpoints/step-00000012/COMPLETE").exists()
+    assert (whole / "samples/step-00000012.png").exists()
+    assert list(whole.glob("events.out.tfevents*"))
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 12, 12]
+    assert {"train/loss", "speed/images_per_second"} <= lines[0].keys()
+    assert 0 <= lines[-1]["eval/combinations/all"] <= 1
+
+
+def test_config_is_read_back_as_it_was(whole: Path) -> None:
+    recipe = read_config(whole)
+    assert recipe.preset == "shapes"
+    assert recipe.model.axes_dim == (16, 16)
+    assert recipe.adam.betas == (0.9, 0.95)
+
+
+def test_a_stopped_run_goes_on_bitwise(whole: Path, tmp_path: Path) -> None:
+    """SIGTERM after some steps, then the same command: weights, EMA and optimizer equal the uninterrupted run's."""
+    command = [sys.executable, str(ROOT / "train/speedrun.py"), "shapes", *TINY, "--output.folder", str(tmp_path)]
+    command += ["--train.steps", "12", "--checkpoint.every", "1", "--checkpoint.keep", "20", "--routing.enabled"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        while not (tmp_path / "shapes/checkpoints/step-00000003").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "the same command goes on from" in output
+    reached = checkpoint.complete(tmp_path / "shapes")[-1].name
+    assert reached < "step-00000012"
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert f"at step {int(reached[-8:])}" in again.stdout
+    assert_same(tensors(whole, 12), tensors(tmp_path / "shapes", 12))
+
+
+def test_a_finished_run_started_again_only_reports(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "shapes")
+    done = start(tmp_path, "--train.steps", "12", "--checkpoint.every", "6", "--routing.enabled")
+    assert done.returncode == 0, done.stderr
+    assert "prompt accuracy" in done.stdout.strip().splitlines()[-1]
+    assert_same(tensors(whole, 12), tensors(tmp_path / "shapes", 12))
+
+
+def test_other_settings_in_the_same_folder_are_refused(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "shapes")
+    before = (tmp_path / "shapes/config.json").read_bytes()
+    done = start(tmp_path, "--train.steps", "12", "--train.seed", "5", "--routing.enabled")
+    assert done.returncode == 2
+    assert "train.seed 0 -> 5" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "shapes/config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole: Path, tmp_path: Path, damage: str) -> None:
+    run = tmp_path / "shapes"
+    shutil.copytree(whole, run)
+    victim = run / "checkpoints/step-00000012/ema.safetensors"
+    content = bytearray(victim.read_bytes())
+    if damage == "flip":
+        content[-5] ^= 1
+        victim.write_bytes(content)
+    elif damage == "truncate":
+        victim.write_bytes(content[:-7])
+    elif damage == "empty":
+        victim.write_bytes(b"")
+    else:
+        victim.unlink()
+    with pytest.raises(UserError, match="ema.safetensors"):
+        checkpoint.load(victim.parent)
+    saved, messages = checkpoint.load_newest(run)
+    assert saved is not None
+    assert saved.step == 6
+    assert "ema.safetensors" in messages[0]
+
+
+def test_two_ranks_train_on_the_same_samples_as_one(whole: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "train/speedrun.py"), "shapes", *TINY, "--output.folder", str(tmp_path)]
+    command += ["--train.steps", "12", "--checkpoint.every", "6", "--routing.enabled"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (whole, tmp_path / "shapes")
+    )
+    # The mean of ten steps' losses; ranks differ in the order of float32 sums, grown over ten steps of Muon in bf16.
+    assert second[0]["train/loss"] != 0
+    one, two = (
+        tensors(whole, 6)["model/final_layer.linear.weight"],
+        tensors(tmp_path / "shapes", 6)["model/final_layer.linear.weight"],
+    )
+    assert (one - two).norm() < 0.05 * one.norm()
+    assert first[0]["step"] == second[0]["step"] == 10
+
+
+def test_scenes_and_image_presets_train(tmp_path: Path, picture_folder: Path) -> None:
+    small = ("--train.steps", "3", "--data.workers", "0")
+    assert start(tmp_path, *small, "--data.height", "32", "--data.width", "48", preset="scenes").returncode == 0
+    images = ("--data.path", str(picture_folder), "--data.height", "16", "--data.width", "24")
+    columns = ("--data.style-column", "", "--data.image-column", "image")
+    done = start(tmp_path, *small, *images, *columns, preset="pictograms")
+    assert done.returncode == 0, done.stderr
+    assert "held-out loss" in done.stdout.strip().splitlines()[-1]
+
+
+def test_pictograms_train_and_draw_validation_captions(tmp_path: Path, pictograms: Path) -> None:
+    done = start(
+        tmp_path, "--train.steps", "3", "--data.path", str(pictograms), "--evaluation.images", "16", preset="pictograms"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "held-out loss" in done.stdout
+    assert (tmp_path / "pictograms/samples/step-00000003.png").exists()
+
+
+def test_other_data_on_resume_are_refused(tmp_path: Path, picture_folder: Path) -> None:
+    images = ("--data.height", "16", "--data.width", "16", "--data.style-column", "", "--data.image-column", "image")
+    small = ("--train.steps", "2", "--data.workers", "0", *images)
+    assert start(tmp_path / "runs", *small, "--data.path", str(picture_folder), preset="pictograms").returncode == 0
+    other = tmp_path / "other"
+    shutil.copytree(picture_folder, other)
+    lines = (other / "train/captions.jsonl").read_text().splitlines()
+    (other / "train/captions.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    done = start(tmp_path / "runs", *small, "--data.path", str(other), preset="pictograms")
+    assert done.returncode == 2
+    assert "are not those that" in done.stderr
+
+
+def test_weights_of_another_model_are_refused(whole: Path, tmp_path: Path) -> None:
+    from train.trained import load_trained
+
+    folder = tmp_path / "step-00000012"
+    shutil.copytree(whole / "checkpoints/step-00000012", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["depth"] = 3
+    (folder / "config.json").write_text(json.dumps(config))
+    hashes = json.loads((folder / "manifest.json").read_text())
+    hashes.pop("config.json")
+    (folder / "manifest.json").write_text(json.dumps(hashes))
+    with pytest.raises(UserError, match="do not fit the model of its config.json"):
+        load_trained(folder, torch.device("cpu"))
+
+
+def test_optimizer_state_of_another_model_is_refused(whole: Path) -> None:
+    from train.build import build
+    from train.optimizers import Optimizers, named_parameters
+
+    recipe = read_config(whole)
+    optimizers = Optimizers(named_parameters(build(recipe, torch.device("cpu")).trained()), recipe)
+    state = checkpoint.load(whole / "checkpoints/step-00000012").tensors["optimizer"]
+    state.pop(next(iter(state)))
+    first = {k: v for k, v in state.items() if "final_layer.linear" not in k}
+    with pytest.raises(UserError, match="final_layer"):
+        optimizers.load_state_dict(first)
+
+
+@pytest.fixture(scope="module")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder with captions: twelve pictures to train on, four to validate."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("pictures")
+    for split, count in (("train", 12), ("val", 4)):
+        (root / split).mkdir()
+        with (root / split / "captions.jsonl").open("w") as file:
+            for i in range(count):
+                Image.new("RGB", (40, 30), (20 * i, 100, 255 - 20 * i)).save(root / split / f"{i}.png")
+                file.write(json.dumps({"file_name": f"{i}.png", "caption": f"picture {split} {i}"}) + "\n")
+    return root
+
+
+def test_saving_keeps_the_newest_and_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"model": {"w": torch.full((2,), float(step))}}, {}, keep=2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()].__len__() == 2
+    assert [p.name for p in checkpoint.complete(tmp_path)] == ["step-00000002", "step-00000003"]
+    saved, messages = checkpoint.load_newest(tmp_path)
+    assert saved is not None
+    assert messages == []
+    assert torch.equal(saved.tensors["model"]["w"], torch.tensor([3.0, 3.0]))
+
+
+def test_a_folder_cut_while_it_was_written_is_not_taken_for_whole(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint.save(tmp_path, 1, {"model": {"w": torch.ones(2)}}, {}, keep=2)
+    half = tmp_path / "checkpoints/step-00000002.tmp"
+    half.mkdir()
+    save_file({"w": torch.zeros(2)}, half / "model.safetensors")
+    saved, _ = checkpoint.load_newest(tmp_path)
+    assert saved is not None
+    assert saved.step == 1
