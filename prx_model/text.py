@@ -17,6 +17,9 @@ PAD, END, FIRST_BYTE, VOCABULARY = 0, 1, 3, 384
 # Relative position buckets of T5 (https://arxiv.org/abs/1910.10683, section 2.1).
 BUCKETS, MAX_DISTANCE = 32, 128
 NORM_EPS = 1e-6
+# Where the byte tower's heads look at first: bytes nearby, so that words are seen from the start and tokens do not mix.
+# With T5's small random bias the `shapes` preset had not learned a colour after 600 steps; with this, all backgrounds.
+LOCAL_OFFSETS, LOCAL_BIAS = (-1, -2, -3, -4, -5, 1, 2, -6), 8.0
 
 
 class ByteTower(nn.Module):
@@ -35,7 +38,7 @@ class ByteTower(nn.Module):
         ValueError: a width that is no multiple of num_heads.
     """
 
-    def __init__(self, width: int = 128, depth: int = 2, num_heads: int = 4, max_tokens: int = 96) -> None:
+    def __init__(self, width: int = 128, depth: int = 2, num_heads: int = 8, max_tokens: int = 96) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"text.width {width} must be a multiple of text.num_heads {num_heads}")
@@ -48,9 +51,13 @@ class ByteTower(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """T5's initialisation: unit embeddings, linear maps of variance 1/fan-in, queries smaller by sqrt(head_dim)."""
+        """T5's initialisation (unit embeddings, linear maps of variance 1/fan-in), and heads turned to nearby bytes."""
         nn.init.normal_(self.embedding.weight, generator=generator)
         nn.init.normal_(self.relative_bias.weight, std=self.width**-0.5, generator=generator)
+        bucket = _buckets(2 * MAX_DISTANCE, self.relative_bias.weight.device)[MAX_DISTANCE]
+        for head in range(self.num_heads):
+            offset = LOCAL_OFFSETS[head % len(LOCAL_OFFSETS)]
+            self.relative_bias.weight[bucket[MAX_DISTANCE + offset], head] += LOCAL_BIAS
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)

@@ -41,9 +41,9 @@ class Text:
     name: str = "google/t5gemma-2b-2b-ul2"
     """Hub name or folder (t5gemma)."""
     max_tokens: int = 256
-    depth: int = 2
+    depth: int = 1
     """Blocks of the byte tower."""
-    num_heads: int = 4
+    num_heads: int = 8
     """Heads of the byte tower."""
 
 
@@ -229,10 +229,10 @@ def shapes() -> Recipe:
         text=Text(kind="bytes", max_tokens=64),
         flow=Flow(shift=2.5),
         routing=Routing(enabled=False, start=1, end=2),
-        muon=Muon(lr=1.5e-2),
+        muon=Muon(lr=6e-3),
         adam=Adam(lr=3e-3),
         ema=EMASettings(decay=0.995, every=1),
-        train=Train(steps=3_000, batch=32, warmup=100, cooldown=600, clip=1.0),
+        train=Train(steps=3_000, batch=32, warmup=100, cooldown=600, clip=0.1),
         sampling=Sampling(steps=20, guidance=2.0, shift=2.5),
         evaluation=Evaluation(every=1_000, prompts=450, grid=25),
         checkpoint=Checkpoint(every=500),
@@ -247,11 +247,11 @@ def scenes() -> Recipe:
         model=prx_small(),
         text=Text(kind="bytes", max_tokens=96),
         flow=Flow(shift=2.5),
-        routing=Routing(enabled=False, start=1, end=6),
+        routing=Routing(enabled=False, start=1, end=4),
         muon=Muon(lr=5e-3),
         adam=Adam(lr=1e-3),
         ema=EMASettings(decay=0.999, every=1),
-        train=Train(steps=20_000, batch=256, warmup=500, cooldown=4_000, clip=1.0),
+        train=Train(steps=20_000, batch=256, warmup=500, cooldown=4_000, clip=0.1),
         sampling=Sampling(steps=28, guidance=2.0, shift=2.5),
         evaluation=Evaluation(every=2_000, prompts=512, grid=25),
         checkpoint=Checkpoint(every=1_000),
@@ -274,11 +274,11 @@ def pictograms() -> Recipe:
         model=prx_small(),
         text=Text(kind="bytes", max_tokens=64),
         flow=Flow(shift=2.5),
-        routing=Routing(enabled=False, start=1, end=6),
-        muon=Muon(lr=5e-3),
-        adam=Adam(lr=1e-3),
-        ema=EMASettings(decay=0.999, every=1),
-        train=Train(steps=12_000, batch=32, warmup=200, cooldown=2_400, clip=1.0),
+        routing=Routing(enabled=False, start=1, end=4),
+        muon=Muon(lr=4e-3),
+        adam=Adam(lr=2e-3),
+        ema=EMASettings(decay=0.998, every=1),
+        train=Train(steps=4_000, batch=32, warmup=100, cooldown=1_000, clip=0.1),
         sampling=Sampling(steps=28, guidance=3.0, shift=2.5),
         evaluation=Evaluation(every=1_000, images=218, grid=16),
         checkpoint=Checkpoint(every=500),
