@@ -16,10 +16,8 @@ import prx_kernels
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("prx_kernels", "prx_model")
 # What is installed beside torch wherever tests run, and what a wheel taken home must not need.
-ABSENT = (
-    "numpy transformers timm lpips diffusers safetensors torchvision sentencepiece tokenizers PIL scipy "
-    "tyro rich pyarrow tensorboard"
-).split()
+ABSENT = ["numpy", "transformers", "timm", "lpips", "diffusers", "safetensors", "torchvision", "sentencepiece"]
+ABSENT += ["tokenizers", "PIL", "scipy", "tyro", "rich", "pyarrow", "tensorboard"]
 
 
 @pytest.fixture(scope="module")
