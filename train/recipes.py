@@ -227,14 +227,14 @@ def shapes() -> Recipe:
         data=Data(kind="shapes", height=32, width=32),
         model=prx_tiny(),
         text=Text(kind="bytes", max_tokens=64),
-        flow=Flow(shift=2.5),
+        flow=Flow(shift=6.0),
         routing=Routing(enabled=False, start=1, end=2),
         muon=Muon(lr=6e-3),
         adam=Adam(lr=3e-3),
         ema=EMASettings(decay=0.995, every=1),
-        train=Train(steps=3_000, batch=32, warmup=100, cooldown=600, clip=0.1),
-        sampling=Sampling(steps=20, guidance=2.0, shift=2.5),
-        evaluation=Evaluation(every=1_000, prompts=450, grid=25),
+        train=Train(steps=1_500, batch=32, warmup=100, cooldown=550, clip=0.1),
+        sampling=Sampling(steps=20, guidance=2.0, shift=3.0),
+        evaluation=Evaluation(every=750, prompts=450, grid=25),
         checkpoint=Checkpoint(every=500),
     )
 

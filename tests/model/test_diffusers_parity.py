@@ -71,8 +71,13 @@ def make_theirs(config: PRXConfig) -> torch.nn.Module:
     return model
 
 
-def make_pair(config: PRXConfig) -> tuple[torch.nn.Module, PRXTransformer]:
+def make_pair(config: PRXConfig, *, small: tuple[str, ...] = ()) -> tuple[torch.nn.Module, PRXTransformer]:
+    """Both models with the same weights; those whose name holds a word of `small` a thousand times smaller."""
     theirs = make_theirs(config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if any(word in name for word in small):
+                parameter.mul_(1e-3)
     ours = PRXTransformer(config)
     ours.load_state_dict(theirs.state_dict(), strict=True)
     return theirs, ours
@@ -93,8 +98,8 @@ def run(model: torch.nn.Module, inputs: Inputs, weight: Tensor) -> tuple[Tensor,
     return out.detach(), {**gradients, "image": leaves.image.grad, "text": leaves.text.grad}
 
 
-def compare(config: PRXConfig, inputs: Inputs) -> None:
-    theirs, ours = make_pair(config)
+def compare(config: PRXConfig, inputs: Inputs, *, small: tuple[str, ...] = ()) -> None:
+    theirs, ours = make_pair(config, small=small)
     weight = torch.randn(inputs.image.shape, generator=torch.Generator().manual_seed(3))
     out_theirs, grad_theirs = run(theirs, inputs, weight)
     out_ours, grad_ours = run(ours, inputs, weight)
@@ -121,6 +126,12 @@ def test_batch_of_different_masks_equals_diffusers(config: PRXConfig, size: tupl
     # One row without any real text, one padded on the left, one on the right.
     mask = torch.stack((torch.zeros(TEXT, dtype=torch.bool), position >= 3, position < 5))
     compare(config, make_inputs(config, size, 3, mask))
+
+
+@pytest.mark.parametrize("small", ["img_in", "img_qkv_proj", "txt_kv_proj"])
+def test_norms_of_values_near_zero_equal_diffusers(small: str) -> None:
+    """A mean square of 1e-6 is as large as the epsilon of layer norm and RMS norm, so another epsilon shows."""
+    compare(PIXEL, make_inputs(PIXEL, (128, 96), 2, None), small=(small,))
 
 
 @pytest.mark.parametrize(("config", "size"), [CASES[0], CASES[3]])
