@@ -121,21 +121,38 @@ def sample_keep(sample_ids: Tensor, tokens: int, selection_ratio: float, *, seed
     Returns:
         (batch, K) int32, sorted and unique in each row.
     """
+    return smallest_keys(sample_ids, tokens, kept_tokens(tokens, selection_ratio), seed=seed)
+
+
+def smallest_keys(sample_ids: Tensor, tokens: int, kept: int, *, seed: Tensor) -> Tensor:
+    """Positions of the `kept` smallest of `tokens` Philox keys, the lower index first among equals, sorted."""
     keys = philox_uint32(seed, sample_ids, tokens)
-    smallest = torch.argsort(keys, dim=1, stable=True)[:, : kept_tokens(tokens, selection_ratio)]
+    smallest = torch.argsort(keys, dim=1, stable=True)[:, :kept]
     return smallest.sort(dim=1).values.to(torch.int32)
 
 
 def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
     """Rows `keep` of x: (batch, N, ...) and (batch, K) integers -> (batch, K, ...), dtype of x."""
-    index = keep.long().reshape(keep.shape + (1,) * (x.ndim - 2)).expand(*keep.shape, *x.shape[2:])
-    return x.gather(1, index)
+    return x.gather(1, _row_index(keep, x))
 
 
 def scatter_tokens(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     """A copy of x (batch, N, ...) whose rows `keep` are those of y (batch, K, ...); `keep` must be unique in a row."""
-    index = keep.long().reshape(keep.shape + (1,) * (x.ndim - 2)).expand(*keep.shape, *x.shape[2:])
-    return x.scatter(1, index, y)
+    return x.scatter(1, _row_index(keep, x), y)
+
+
+def clear_tokens(x: Tensor, keep: Tensor) -> Tensor:
+    """A copy of x (batch, N, ...) with zero at rows `keep`: the gradient that `scatter_tokens` gives x."""
+    return x.scatter(1, _row_index(keep, x), 0)
+
+
+def add_tokens(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+    """x (batch, N, ...) plus y (batch, K, ...) at rows `keep`: what `enter_route` makes of its two gradients."""
+    return x.scatter_add(1, _row_index(keep, x), y)
+
+
+def _row_index(keep: Tensor, x: Tensor) -> Tensor:
+    return keep.long().reshape(keep.shape + (1,) * (x.ndim - 2)).expand(*keep.shape, *x.shape[2:])
 
 
 # --- pixels ------------------------------------------------------------------------------------------------------
