@@ -22,31 +22,47 @@ def _sample_keep_kernel(out_ptr, ids_ptr, seed_ptr, tokens, kept, BLOCKS: tl.con
     nought = counter * 0
     low = nought + (sample_id & 0xFFFFFFFF).to(tl.uint32).to(tl.int32, bitcast=True)
     high = nought + (sample_id >> 32).to(tl.int32)
+    # Word w of block c is the key of token 4·c + w. Padding gets the largest key and comes last, so it loses every tie.
     w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), counter, nought, low, high)
-    keys = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))  # word e % 4 of block e // 4 at element e
-    index = tl.arange(0, 4 * BLOCKS)
-    # Padding gets the largest key and comes last, so it loses every tie against a real token.
-    keys = tl.where(index < tokens, keys, 0xFFFFFFFF)
+    token = 4 * counter
+    w0 = tl.where(token < tokens, w0, 0xFFFFFFFF)
+    w1 = tl.where(token + 1 < tokens, w1, 0xFFFFFFFF)
+    w2 = tl.where(token + 2 < tokens, w2, 0xFFFFFFFF)
+    w3 = tl.where(token + 3 < tokens, w3, 0xFFFFFFFF)
 
     # The kept-th smallest key is the largest value with fewer than `kept` keys below it.
     threshold = tl.zeros((), tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(32):
         candidate = threshold | bit
-        below = tl.sum((keys < candidate).to(tl.int32), axis=0)
-        threshold = tl.where(below < kept, candidate, threshold)
+        below = (w0 < candidate).to(tl.int32) + (w1 < candidate).to(tl.int32)
+        below += (w2 < candidate).to(tl.int32) + (w3 < candidate).to(tl.int32)
+        threshold = tl.where(tl.sum(below, axis=0) < kept, candidate, threshold)
         bit = bit >> 1
 
-    # One scan serves both counts: keys below the threshold in the low half, ties in the high half (each <= 16384).
-    below = (keys < threshold).to(tl.int32)
-    tied = (keys == threshold).to(tl.int32)
-    ranks = tl.cumsum(below + (tied << 16), axis=0)
-    below_rank = ranks & 0xFFFF
-    tied_rank = ranks >> 16
-    places = kept - tl.sum(below, axis=0)  # left for ties, which lower indices win
-    chosen = (below | (tied & (tied_rank <= places).to(tl.int32))) != 0
-    position = below_rank + tl.minimum(tied_rank, places) - 1
-    tl.store(out_ptr + sample * kept + position, index, mask=chosen)
+    ranks = _rank(w0, threshold) + _rank(w1, threshold) + _rank(w2, threshold) + _rank(w3, threshold)
+    places = kept - (tl.sum(ranks, axis=0) & 0xFFFF)  # left for ties, which lower indices win
+    before = tl.cumsum(ranks, axis=0) - ranks
+    row = out_ptr + sample * kept
+    before = _write_chosen(row, token, w0, threshold, before, places)
+    before = _write_chosen(row, token + 1, w1, threshold, before, places)
+    before = _write_chosen(row, token + 2, w2, threshold, before, places)
+    _write_chosen(row, token + 3, w3, threshold, before, places)
+
+
+@jit
+def _rank(keys, threshold):  # type: ignore[no-untyped-def]
+    """1 for a key below the threshold, 2^16 for a tie: one sum or scan serves both counts (each at most 16,384)."""
+    return (keys < threshold).to(tl.int32) + ((keys == threshold).to(tl.int32) << 16)
+
+
+@jit
+def _write_chosen(row_ptr, token, keys, threshold, before, places):  # type: ignore[no-untyped-def]
+    """Write the tokens below the threshold and the first `places` ties; `before` counts both ahead of these keys."""
+    ties = before >> 16
+    position = (before & 0xFFFF) + tl.minimum(ties, places)
+    tl.store(row_ptr + position, token, mask=(keys < threshold) | ((keys == threshold) & (ties < places)))
+    return before + _rank(keys, threshold)
 
 
 @jit
@@ -64,7 +80,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     COLS: tl.constexpr,
 ):
     """out[b, k] = x[b, keep[b, k]] on integer views; an index outside x gives all-ones bits, NaN in floats."""
-    width, x_batch, x_token = _hint(width, ALIGN), _hint(x_batch, ALIGN), _hint(x_token, ALIGN)
+    width, x_batch, x_token = hint(width, ALIGN), hint(x_batch, ALIGN), hint(x_token, ALIGN)
     tiles = tl.cdiv(kept, ROWS)
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     rows = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
@@ -102,12 +118,12 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     Which row of y belongs to a token is found by reading `keep` (a few KB, from L2) in every program. That hides under
     the copy, where a table of inverses would cost a launch and a rule on the order of `keep`.
     """
-    width = _hint(width, ALIGN)
+    width = hint(width, ALIGN)
     x_batch, x_token, y_batch, y_token = (
-        _hint(x_batch, ALIGN),
-        _hint(x_token, ALIGN),
-        _hint(y_batch, ALIGN),
-        _hint(y_token, ALIGN),
+        hint(x_batch, ALIGN),
+        hint(x_token, ALIGN),
+        hint(y_batch, ALIGN),
+        hint(y_token, ALIGN),
     )
     tiles = tl.cdiv(tokens, ROWS)
     batch = (tl.program_id(0) // tiles).to(tl.int64)
@@ -152,8 +168,8 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     COLS: tl.constexpr,
 ):
     """In place: rows `keep` of x become zero, or x + y if ADD; no other row is touched."""
-    width, x_batch, x_token = _hint(width, ALIGN), _hint(x_batch, ALIGN), _hint(x_token, ALIGN)
-    y_batch, y_token = _hint(y_batch, ALIGN), _hint(y_token, ALIGN)
+    width, x_batch, x_token = hint(width, ALIGN), hint(x_batch, ALIGN), hint(x_token, ALIGN)
+    y_batch, y_token = hint(y_batch, ALIGN), hint(y_token, ALIGN)
     tiles = tl.cdiv(kept, ROWS)
     batch = (tl.program_id(0) // tiles).to(tl.int64)
     rows = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
@@ -169,7 +185,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _hint(number, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+def hint(number, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Tell the compiler what the launcher checked. Triton's own argument hint knows 16 elements only, a row of
     16·odd bytes (C = 1000 in bf16) would be copied in 2-byte pieces."""
     return (number // ALIGN) * ALIGN
@@ -177,11 +193,11 @@ def _hint(number, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 # --- launchers ---------------------------------------------------------------------------------------------------
 
-# Keyed on tokens: 32 keys a thread at most.
+# Keyed on tokens: 8 to 32 keys a thread. More warps shorten the 33 block-wide sums, which are the kernel's time.
 SAMPLE_KEEP: Table = {
     0: (
         (1024, Config((), num_warps=4)),
-        (4096, Config((), num_warps=8)),
+        (4096, Config((), num_warps=16)),
         (16384, Config((), num_warps=16)),
     )
 }
@@ -200,7 +216,7 @@ MERGE: Table = {
     0: (
         (2, Config((("ROWS", 16), ("COLS", 256), ("SCAN", 256)))),
         (4, Config((("ROWS", 16), ("COLS", 128), ("SCAN", 256)))),
-        (8, Config((("ROWS", 16), ("COLS", 64), ("SCAN", 256)))),
+        (8, Config((("ROWS", 16), ("COLS", 32), ("SCAN", 256)))),
     )
 }
 

@@ -2,7 +2,7 @@
 
 `keep = sample_keep(...)`, `y, byp = enter_route(x, keep)`, blocks on y, `x = exit_route(y, byp, keep)`. Every op is
 linear in its tensors and moves whole rows. Kept indices are unique in a row, so no gradient needs atomics; each op's
-gradient is right for the op alone, and what a pair can share is left to the compiler (see `_cleared`).
+gradient is right for the op alone, and what a pair can share is left to the compiler (see `cleared`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
         TypeError: keep is not int32 or int64.
         ValueError: keep does not fit x.
     """
-    _check_keep(x, keep)
+    check_keep(x, keep)
     if x.is_complex():
         return torch.view_as_complex(_gather(torch.view_as_real(x), keep))
     y: Tensor = _gather(x, keep)
@@ -93,12 +93,8 @@ def scatter_tokens(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
         TypeError: keep is not int32 or int64.
         ValueError: keep does not fit x, or y does not fit both.
     """
-    _check_keep(x, keep)
-    if y.shape != (*keep.shape, *x.shape[2:]):
-        raise ValueError(
-            f"the routed tokens must have shape {(*keep.shape, *x.shape[2:])} to go where keep says, "
-            f"got {tuple(y.shape)}"
-        )
+    check_keep(x, keep)
+    check_routed(x, y, keep)
     dtype = torch.promote_types(x.dtype, y.dtype)
     joined: Tensor = _scatter(x.to(dtype), y.to(dtype), keep)
     return joined
@@ -119,7 +115,7 @@ def enter_route(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         TypeError: keep is not int32 or int64.
         ValueError: keep does not fit x.
     """
-    _check_keep(x, keep)
+    check_keep(x, keep)
     y, byp = _EnterRoute.apply(x, keep)
     return y, byp
 
@@ -134,13 +130,19 @@ def exit_route(y: Tensor, byp: Tensor, keep: Tensor) -> Tensor:
     return scatter_tokens(byp, y, keep)
 
 
-def _check_keep(x: Tensor, keep: Tensor) -> None:
+def check_keep(x: Tensor, keep: Tensor) -> None:
     if keep.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"keep must be int32 or int64, got {keep.dtype}")
     if keep.ndim != 2 or x.ndim < 2 or keep.shape[0] != x.shape[0] or not 0 < keep.shape[1] <= x.shape[1]:
         raise ValueError(
             f"keep must be (batch, K) with 0 < K <= tokens for x of shape {tuple(x.shape)}, got {tuple(keep.shape)}"
         )
+
+
+def check_routed(x: Tensor, y: Tensor, keep: Tensor) -> None:
+    expected = (*keep.shape, *x.shape[2:])
+    if tuple(y.shape) != tuple(expected):
+        raise ValueError(f"the routed tokens must have shape {expected} to go where keep says, got {tuple(y.shape)}")
 
 
 class _EnterRoute(torch.autograd.Function):
@@ -158,13 +160,13 @@ class _EnterRoute(torch.autograd.Function):
         (keep,) = ctx.saved_tensors
         if grad_y is None or grad_byp is None:
             return (grad_byp if grad_y is None else _spread(grad_y, keep, ctx.tokens)), None
-        return _added(grad_byp, grad_y, keep), None
+        return added(grad_byp, grad_y, keep), None
 
 
 # --- gradients in one pass ---------------------------------------------------------------------------------------
 
 
-def _cleared(grad: Tensor, keep: Tensor) -> Tensor:
+def cleared(grad: Tensor, keep: Tensor) -> Tensor:
     """grad with zero at rows `keep`. An incoming gradient may be somebody else's, so eagerly the other rows are copied.
 
     The compiler sees who else reads it: it drops the clone where nobody does, and only the K rows are written.
@@ -177,8 +179,8 @@ def _cleared(grad: Tensor, keep: Tensor) -> Tensor:
     return grad
 
 
-def _added(grad: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
-    """grad + rows at `keep`; copied or updated as in `_cleared`."""
+def added(grad: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
+    """grad + rows at `keep`; copied or updated as in `cleared`."""
     if not torch.compiler.is_compiling():
         added: Tensor = _add(grad, rows, keep)
         return added
@@ -190,12 +192,12 @@ def _added(grad: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
 # --- ops ---------------------------------------------------------------------------------------------------------
 
 
-def _op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def custom_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """A CUDA op in this package's namespace; its definition for the CPU, its fake and its backward follow it."""
     return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates, device_types="cuda")
 
 
-@_op("sample_keep")
+@custom_op("sample_keep")
 def _sample_keep(sample_ids: Tensor, seed: Tensor, tokens: int, kept: int) -> Tensor:
     return kernels.sample_keep(sample_ids, seed, tokens, kept)
 
@@ -210,14 +212,14 @@ def _(sample_ids: Tensor, seed: Tensor, tokens: int, kept: int) -> Tensor:
     return sample_ids.new_empty((sample_ids.shape[0], kept), dtype=torch.int32)
 
 
-@_op("gather_tokens")
+@custom_op("gather_tokens")
 def _gather(x: Tensor, keep: Tensor) -> Tensor:
     return kernels.gather(x, keep)
 
 
 @_gather.register_kernel("cpu")
 def _(x: Tensor, keep: Tensor) -> Tensor:
-    return reference.gather_tokens(x, _in_range(keep, x.shape[1]))
+    return reference.gather_tokens(x, checked_range(keep, x.shape[1]))
 
 
 @_gather.register_fake
@@ -225,17 +227,17 @@ def _(x: Tensor, keep: Tensor) -> Tensor:
     return x.new_empty((*keep.shape, *x.shape[2:]))
 
 
-@_op("scatter_tokens")
+@custom_op("scatter_tokens")
 def _scatter(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     return kernels.merge(x, y, keep, x.shape[1])
 
 
 @_scatter.register_kernel("cpu")
 def _(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
-    return reference.scatter_tokens(x, y, _in_range(keep, x.shape[1])).contiguous()
+    return reference.scatter_tokens(x, y, checked_range(keep, x.shape[1])).contiguous()
 
 
-@_op("spread_tokens")
+@custom_op("spread_tokens")
 def _spread(y: Tensor, keep: Tensor, tokens: int) -> Tensor:
     return kernels.merge(None, y, keep, tokens)
 
@@ -250,7 +252,7 @@ def _(y: Tensor, keep: Tensor, tokens: int) -> Tensor:
     return y.new_empty((y.shape[0], tokens, *y.shape[2:]))
 
 
-@_op("clear_tokens")
+@custom_op("clear_tokens")
 def _clear(x: Tensor, keep: Tensor) -> Tensor:
     return kernels.merge(x, None, keep, x.shape[1])
 
@@ -260,7 +262,7 @@ def _(x: Tensor, keep: Tensor) -> Tensor:
     return reference.clear_tokens(x, keep).contiguous()
 
 
-@_op("add_tokens")
+@custom_op("add_tokens")
 def _add(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     return kernels.merge(x, y, keep, x.shape[1], add=True)
 
@@ -278,7 +280,7 @@ for _with_rows in (_scatter, _clear, _add):
     _with_rows.register_fake(_like_x)
 
 
-@_op("clear_tokens_", mutates=("x",))
+@custom_op("clear_tokens_", mutates=("x",))
 def _clear_(x: Tensor, keep: Tensor) -> None:
     kernels.update(x, None, keep)
 
@@ -288,7 +290,7 @@ def _(x: Tensor, keep: Tensor) -> None:
     x.copy_(reference.clear_tokens(x, keep))
 
 
-@_op("add_tokens_", mutates=("x",))
+@custom_op("add_tokens_", mutates=("x",))
 def _add_(x: Tensor, y: Tensor, keep: Tensor) -> None:
     kernels.update(x, y, keep)
 
@@ -302,7 +304,7 @@ for _in_place in (_clear_, _add_):
     _in_place.register_fake(lambda *_: None)
 
 
-def _in_range(keep: Tensor, tokens: int) -> Tensor:
+def checked_range(keep: Tensor, tokens: int) -> Tensor:
     low, high = keep.aminmax() if keep.numel() else (keep.new_zeros(()), keep.new_zeros(()))
     if low < 0 or high >= tokens:
         raise IndexError(f"keep holds index {int(low if low < 0 else high)}, outside the {tokens} tokens of x")
@@ -329,7 +331,7 @@ def _spread_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     (keep,) = ctx.saved_tensors
     grad_y = _gather(grad, keep) if ctx.needs_input_grad[1] else None
-    return (_cleared(grad, keep) if ctx.needs_input_grad[0] else None), grad_y, None
+    return (cleared(grad, keep) if ctx.needs_input_grad[0] else None), grad_y, None
 
 
 def _clear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

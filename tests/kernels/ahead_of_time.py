@@ -46,9 +46,7 @@ def build(kernel: Any, arguments: dict[str, str], constants: dict[str, Any], con
     constants = {**constants, **dict(config.tile)}
     signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
     attrs = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -56,8 +54,6 @@ def build(kernel: Any, arguments: dict[str, str], constants: dict[str, Any], con
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run(
-            [CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     return Build(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
