@@ -247,11 +247,12 @@ def launch_modulate_backward(
     rows = torch.empty_like(y)
     shift_part, scale_part = _partial(y), _partial(y)
     batch, kept, width = y.shape
+    config = tuned(ROW_BACKWARD, width, y.device)
     if y.numel():
         with on_device(y):
             _modulate_backward_kernel[(batch, shift_part.shape[1])](
                 rows, shift_part, scale_part, grad_y, grad_h, y, scale, kept, width, scale.stride(0), eps,
-                ALIGN=alignment(width, scale.stride(0)), ACC=_accumulator(y), **tuned(ROW_BACKWARD, width, y.device).options,
+                ALIGN=alignment(width, scale.stride(0)), ACC=_accumulator(y), **config.options,
             )  # fmt: skip
     return rows, shift_part.sum(1), scale_part.sum(1).to(scale.dtype)
 

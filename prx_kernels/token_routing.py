@@ -58,8 +58,7 @@ def sample_keep(sample_ids: Tensor, tokens: int, selection_ratio: float, *, seed
         )
     if seed.device != sample_ids.device:
         raise ValueError(f"seed must be on the device of sample_ids, {sample_ids.device}, got {seed.device}")
-    keep: Tensor = _sample_keep(sample_ids, seed, tokens, kept)
-    return keep
+    return draw(sample_ids, seed, tokens, kept)
 
 
 def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
@@ -128,6 +127,12 @@ def exit_route(y: Tensor, byp: Tensor, keep: Tensor) -> Tensor:
         ValueError: keep does not fit byp, or y does not fit both.
     """
     return scatter_tokens(byp, y, keep)
+
+
+def draw(sample_ids: Tensor, seed: Tensor, tokens: int, kept: int) -> Tensor:
+    """`sample_keep` by the number of kept tokens, arguments already checked."""
+    keep: Tensor = _sample_keep(sample_ids, seed, tokens, kept)
+    return keep
 
 
 def check_keep(x: Tensor, keep: Tensor) -> None:
