@@ -6,6 +6,7 @@ added or renamed, copies and compiled blocks work, and the model's own loop over
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -55,19 +56,23 @@ class Route(RouteState):
     def __repr__(self) -> str:
         return f"Route(blocks {self.start} to {self.end}, selection_ratio={self.selection_ratio})"
 
-    def run(self, index: int, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The routed forward of block `index`, around its own `forward`."""
+    def run(self, block: Any, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The routed forward of a block, around its own `forward`. Its index is read for messages only: the compiler
+        would make a graph of its own for every index."""
+        first, last = block._route_ends
         x = self._tokens.read(args, kwargs)
         if not isinstance(x, Tensor) or x.ndim != 3:
-            raise TypeError(f"{self._tokens} of block {index} must be a (batch, tokens, hidden) tensor to be routed")
-        keep, byp = self._keep_for(index, x)
+            raise TypeError(
+                f"{self._tokens} of block {block._route_index} must be a (batch, tokens, hidden) tensor to be routed"
+            )
+        keep, byp = self._keep_for(block, x, first, last)
         positions = self._positions(keep, self.prefix)
-        if index == self.start:
+        if first:
             x, byp = enter_route(x, positions)
             self.keep, self.byp = keep, byp
         elif x.shape[:2] != positions.shape:
             raise ValueError(
-                f"block {index} was given {tuple(x.shape[:2])} (batch, tokens) inside a route that keeps "
+                f"block {block._route_index} was given {tuple(x.shape[:2])} (batch, tokens) inside a route that keeps "
                 f"{tuple(positions.shape)}: the model must not add or drop tokens between routed blocks"
             )
         args, kwargs = self._tokens.write(args, kwargs, x)
@@ -80,29 +85,30 @@ class Route(RouteState):
         stream = self._stream(result)
         if not isinstance(stream, Tensor) or stream.shape[:2] != x.shape[:2]:
             raise ValueError(
-                f"block {index} ({type(block).__name__}) was given {tuple(x.shape[:2])} (batch, tokens) and must keep "
-                f"them, got {tuple(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__}"
+                f"block {block._route_index} ({type(block).__name__}) was given {tuple(x.shape[:2])} (batch, tokens) "
+                f"and must keep them, got {_describe(stream)}"
             )
-        if index != self.end:
+        if not last:
             return result
-        # Recomputation under activation checkpointing needs byp's values again; its history would be kept alive.
-        self.byp = byp.detach() if torch.is_grad_enabled() else None
+        self.byp = byp.detach()  # a checkpoint that spans this block and later ones needs the values again
         return self._with_stream(result, exit_route(stream, byp, positions))
 
-    def _keep_for(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _keep_for(self, block: Any, x: Tensor, first: bool, last: bool) -> tuple[Tensor, Tensor]:
         """The kept tokens of this forward, and x itself or what stands for it."""
-        if index == self.start:
+        if first:
             count = x.shape[1] - self.prefix
             kept = kept_tokens(count, self.selection_ratio) if self.fixed is None else self.fixed.shape[1]
             grad = torch.is_grad_enabled()
-            return route_tokens(x.detach(), self.fixed, self.handle, index, count, kept, self.shared, grad), x
+            return route_tokens(x.detach(), self.fixed, self.handle, count, kept, self.shared, grad), x
         if self.keep is None or self.byp is None:
-            raise RuntimeError(f"routed block {index} ran without block {self.start}, where its route starts")
-        if not self._per_token and index != self.end:
+            raise RuntimeError(
+                f"routed block {block._route_index} ran without block {self.start}, where its route starts"
+            )
+        if not self._per_token and not last:
             return self.keep, self.byp
         grad = torch.is_grad_enabled()
         kept = self.keep.shape[1]
-        return route_tokens(x.detach(), self.keep, self.handle, index, 0, kept, self.shared, grad), self.byp
+        return route_tokens(x.detach(), self.keep, self.handle, 0, kept, self.shared, grad), self.byp
 
     def _positions(self, keep: Tensor, ahead: int) -> Tensor:
         """`keep` behind `ahead` tokens that are never routed."""
@@ -207,8 +213,9 @@ def route_blocks(
     tables = tuple(zip(places[0][1:], (per_token or {}).values(), strict=True))
     route = Route(start, end, selection_ratio, places[0][0], tables, out, prefix, shared)
     for index, block in enumerate(members, start):
-        block.__class__ = _routed_class(type(block))
+        block.__class__ = _routed_class(type(block))  # type: ignore[arg-type]  # classes are hashable
         block._route, block._route_index = route, index
+        block._route_ends = index == start, index == end
     return route
 
 
@@ -269,6 +276,7 @@ class RoutedTable:
         return torch.func.functional_call(self.module, self.buffers, args, kwargs)
 
 
+@functools.cache  # one class for all blocks of a base: the compiler's guards and graphs hold for all of them
 def _routed_class(base: type[nn.Module]) -> type[nn.Module]:
     """A subclass with base's name, so that wrapping policies and `repr` see the block they know."""
     own_forward = base.forward
@@ -277,7 +285,7 @@ def _routed_class(base: type[nn.Module]) -> type[nn.Module]:
         route = self._route
         if not (self.training or route.in_eval):
             return own_forward(self, *args, **kwargs)
-        return route.run(self._route_index, self, own_forward, args, kwargs)
+        return route.run(self, own_forward, args, kwargs)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return type(base.__name__, (base,), {"forward": forward, **names})
@@ -304,4 +312,6 @@ def _check_block(block: nn.Module, index: int, members: list[nn.Module]) -> None
 
 
 def _describe(result: Any) -> str:
+    if isinstance(result, Tensor):
+        return f"a tensor of shape {tuple(result.shape)}"
     return f"{len(result)} values" if isinstance(result, (tuple, list)) else f"a {type(result).__name__}"

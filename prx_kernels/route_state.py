@@ -57,57 +57,62 @@ class RouteState:
 
 
 class _Forward:
-    """The last forward: its tokens, and the storage of every block's input, held weakly."""
+    """The last forward: its tokens, and the inputs of its blocks by storage, held weakly."""
 
-    def __init__(self, keep: Tensor, grad: bool) -> None:
-        self.keep, self.grad = keep, grad
-        self.inputs: dict[int, StorageWeakRef] = {}
+    def __init__(self, keep: Tensor) -> None:
+        self.keep = keep
+        self.inputs: dict[int, tuple[StorageWeakRef, bool]] = {}
         self.repeated: set[int] = set()
-        # The first block was given one tensor in two forwards, the earlier of which may still be repeated.
+        # The storage that the first block was given in two forwards, the earlier of which may still be repeated.
         self.ambiguous: int | None = None
 
-    def knows(self, block: int, x: Tensor) -> bool:
-        ref = self.inputs.get(block)
-        if ref is None or ref.expired() or self.ambiguous == block:  # type: ignore[no-untyped-call]
-            return False
-        return bool(ref.cdata == x.untyped_storage()._cdata)
+    def note(self, x: Tensor, grad: bool) -> None:
+        storage = x.untyped_storage()
+        self.inputs[storage._cdata] = StorageWeakRef(storage), grad  # type: ignore[no-untyped-call]
+
+    def knows(self, x: Tensor) -> bool:
+        """Whether x was an input in this forward. It must have lived since, else its address may be another's."""
+        storage = x.untyped_storage()._cdata
+        alive = storage in self.inputs and not self.inputs[storage][0].expired()  # type: ignore[no-untyped-call]
+        return alive and storage != self.ambiguous
+
+    def recorded_gradients(self, x: Tensor) -> bool:
+        return self.inputs.get(x.untyped_storage()._cdata, (None, True))[1]
 
 
+# No argument of the op differs between two blocks in the middle of a route: one compiled graph serves them all.
 @torch.library.custom_op(f"{NAMESPACE}::route_tokens", mutates_args=())
 def route_tokens(
-    x: Tensor, keep: Tensor | None, handle: int, block: int, tokens: int, kept: int, shared: bool, grad: bool
+    x: Tensor, keep: Tensor | None, handle: int, tokens: int, kept: int, shared: bool, grad: bool
 ) -> Tensor:
-    """The kept tokens of the forward that block `block` belongs to, (batch, kept) int32.
+    """The kept tokens of the forward that a block with input x belongs to, (batch, kept) int32.
 
     Args:
         x: the block's input, without history.
         keep: the set as far as it is known: fixed by the user, or, behind the first block, that of the last forward.
         handle: of the `RouteState`.
         tokens: N without prefix, at the first block; 0 behind it.
+        kept: K.
         shared: draw one set for the batch.
         grad: whether gradients are recorded.
     """
     state = _states[handle]
     if torch._C._current_graph_task_id() != -1:  # inside a backward: a repetition
-        return _repeat(state, block, x, grad).clone()
+        return _repeat(state, x, grad).clone()
     if tokens:
-        keep = _begin(state, keep, x, tokens, kept, shared, grad, block)
+        keep = _begin(state, keep, x, tokens, kept, shared)
     assert keep is not None
     if state._forward is not None:
-        state._forward.inputs[block] = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
+        state._forward.note(x, grad)
     return keep.clone()
 
 
 @route_tokens.register_fake
-def _(
-    x: Tensor, keep: Tensor | None, handle: int, block: int, tokens: int, kept: int, shared: bool, grad: bool
-) -> Tensor:
+def _(x: Tensor, keep: Tensor | None, handle: int, tokens: int, kept: int, shared: bool, grad: bool) -> Tensor:
     return x.new_empty((x.shape[0], kept), dtype=torch.int32)
 
 
-def _begin(
-    state: RouteState, fixed: Tensor | None, x: Tensor, tokens: int, kept: int, shared: bool, grad: bool, block: int
-) -> Tensor:
+def _begin(state: RouteState, fixed: Tensor | None, x: Tensor, tokens: int, kept: int, shared: bool) -> Tensor:
     if fixed is not None:
         if fixed.ndim != 2 or fixed.shape[0] != x.shape[0] or not 0 < kept <= tokens:
             raise ValueError(
@@ -117,28 +122,29 @@ def _begin(
         keep = fixed.to(device=x.device, dtype=torch.int32)
     else:
         keep = state.draw(1 if shared else x.shape[0], tokens, kept, x.device).expand(x.shape[0], kept)
-    last, state._forward = state._forward, _Forward(keep, grad)
-    if last is not None and last.grad and block not in last.repeated and last.knows(block, x):
-        state._forward.ambiguous = block
+    last, state._forward = state._forward, _Forward(keep)
+    storage = x.untyped_storage()._cdata
+    if last is not None and last.knows(x) and last.recorded_gradients(x) and storage not in last.repeated:
+        state._forward.ambiguous = storage
     return keep
 
 
-def _repeat(state: RouteState, block: int, x: Tensor, grad: bool) -> Tensor:
+def _repeat(state: RouteState, x: Tensor, grad: bool) -> Tensor:
     forward = state._forward
     # Checkpointing repeats a whole region while one node waits for its tensors: behind an identified block in that
     # region, the others are of the same forward though their inputs are new.
     node: Any = torch._C._current_autograd_node()
     key = f"{NAMESPACE}::route {state.handle}"
     seen = node.metadata.get(key) if node is not None else None
-    if forward is not None and grad and not forward.grad:
+    if forward is not None and grad and not forward.recorded_gradients(x):
         raise RuntimeError("routed blocks need activation checkpointing with use_reentrant=False")
-    if forward is None or not (forward.knows(block, x) or seen is forward):
+    if forward is None or not (forward.knows(x) or seen is forward):
         raise RuntimeError(
-            f"block {block} is recomputed in a backward and its tokens cannot be known: either another routed forward "
+            "a routed block is recomputed in a backward and its tokens cannot be known: either another routed forward "
             "ran since its own (call backward before the next forward), or one checkpoint spans blocks from before "
             "the route (checkpoint each block by itself), or its saved input was moved (offloading)"
         )
-    forward.repeated.add(block)
+    forward.repeated.add(x.untyped_storage()._cdata)
     if node is not None:
         node.metadata[key] = forward
     return forward.keep
