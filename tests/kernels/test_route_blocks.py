@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -13,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prx_kernels import enter_route, exit_route, gather_tokens, route_blocks
 
+from .conftest import ROOT
 from .routed_models import HIDDEN, Block, Model, Rope, TupleBlock, inputs, permutations, rotary_tables
 
 PER_BLOCK = partial(checkpoint, use_reentrant=False)
@@ -348,6 +352,24 @@ def test_autocast_to_bfloat16_runs_and_trains():
         out = model(*inputs())
     out.float().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_fsdp2_on_two_ranks_with_compiled_and_checkpointed_blocks_equals_the_unsharded_model(tmp_path):
+    command = [sys.executable, "-m", "tests.kernels.routed_fsdp"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
