@@ -5,17 +5,23 @@ Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definitio
 
 from .pixel_loss import patchify, unpatchify, x_prediction_loss
 from .reference import kept_tokens, philox_normal
+from .route_blocks import Route, route_blocks
+from .routing_fused import enter_route_modulate, exit_route_gated
 from .token_routing import enter_route, exit_route, gather_tokens, sample_keep, scatter_tokens
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Route",
     "enter_route",
+    "enter_route_modulate",
     "exit_route",
+    "exit_route_gated",
     "gather_tokens",
     "kept_tokens",
     "patchify",
     "philox_normal",
+    "route_blocks",
     "sample_keep",
     "scatter_tokens",
     "unpatchify",

@@ -7,6 +7,7 @@ benchmarks. Nothing here is tuned.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, table 2.
@@ -122,21 +123,81 @@ def sample_keep(sample_ids: Tensor, tokens: int, selection_ratio: float, *, seed
     Returns:
         (batch, K) int32, sorted and unique in each row.
     """
+    return smallest_keys(sample_ids, tokens, kept_tokens(tokens, selection_ratio), seed=seed)
+
+
+def smallest_keys(sample_ids: Tensor, tokens: int, kept: int, *, seed: Tensor) -> Tensor:
+    """Positions of the `kept` smallest of `tokens` Philox keys, the lower index first among equals, sorted."""
     keys = philox_uint32(seed, sample_ids, tokens)
-    smallest = torch.argsort(keys, dim=1, stable=True)[:, : kept_tokens(tokens, selection_ratio)]
+    smallest = torch.argsort(keys, dim=1, stable=True)[:, :kept]
     return smallest.sort(dim=1).values.to(torch.int32)
 
 
 def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
     """Rows `keep` of x: (batch, N, ...) and (batch, K) integers -> (batch, K, ...), dtype of x."""
-    index = keep.long().reshape(keep.shape + (1,) * (x.ndim - 2)).expand(*keep.shape, *x.shape[2:])
-    return x.gather(1, index)
+    return x.gather(1, _row_index(keep, x))
 
 
 def scatter_tokens(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     """A copy of x (batch, N, ...) whose rows `keep` are those of y (batch, K, ...); `keep` must be unique in a row."""
-    index = keep.long().reshape(keep.shape + (1,) * (x.ndim - 2)).expand(*keep.shape, *x.shape[2:])
-    return x.scatter(1, index, y)
+    return x.scatter(1, _row_index(keep, x), y)
+
+
+def clear_tokens(x: Tensor, keep: Tensor) -> Tensor:
+    """A copy of x (batch, N, ...) with zero at rows `keep`: the gradient that `scatter_tokens` gives x."""
+    return x.scatter(1, _row_index(keep, x), 0)
+
+
+def add_tokens(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+    """x (batch, N, ...) plus y (batch, K, ...) at rows `keep`: what `enter_route` makes of its two gradients."""
+    return x.scatter_add(1, _row_index(keep, x), y)
+
+
+def enter_route_modulate(
+    x: Tensor, keep: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kept rows y of x, `LayerNorm(y)·(1 + scale) + shift` of them, and x. shift and scale are (batch, C).
+
+    Statistics and modulation in float32 (float64 for float64), results in the dtype of x.
+    """
+    y = gather_tokens(x, keep)
+    normed = F.layer_norm(_wide(y), y.shape[-1:], eps=eps)
+    return y, (normed * (1 + _wide(scale)[:, None]) + _wide(shift)[:, None]).to(x.dtype), x
+
+
+def modulate_backward(
+    grad_y: Tensor, grad_h: Tensor, y: Tensor, scale: Tensor, *, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `enter_route_modulate` by y (both paths), shift (accumulation dtype) and scale."""
+    wide = _wide(y)
+    centred = wide - wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normed = centred * rstd
+    grad = _wide(grad_h) * (1 + _wide(scale)[:, None])
+    inner = grad.mean(-1, keepdim=True) + normed * (grad * normed).mean(-1, keepdim=True)
+    rows = _wide(grad_y) + rstd * (grad - inner)
+    return rows.to(y.dtype), _wide(grad_h).sum(1), (_wide(grad_h) * normed).sum(1).to(scale.dtype)
+
+
+def exit_route_gated(y: Tensor, branch: Tensor, gate: Tensor, byp: Tensor, keep: Tensor) -> Tensor:
+    """`scatter_tokens(byp, y + gate·branch, keep)`; gate is (batch, C), the sum is formed in float32 or float64."""
+    return scatter_tokens(byp, (_wide(y) + _wide(gate)[:, None] * _wide(branch)).to(y.dtype), keep)
+
+
+def gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `exit_route_gated` by y, branch and gate."""
+    grad_y = gather_tokens(grad, keep)
+    grad_branch = (_wide(gate)[:, None] * _wide(grad_y)).to(branch.dtype)
+    return grad_y, grad_branch, (_wide(grad_y) * _wide(branch)).sum(1).to(gate.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in the dtype that sums are formed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _row_index(keep: Tensor, x: Tensor) -> Tensor:
+    return keep.long().reshape(keep.shape + (1,) * (x.ndim - 2)).expand(*keep.shape, *x.shape[2:])
 
 
 # --- pixels ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,90 @@
+"""What every kernel file shares: the op namespace, Triton or its absence, launch settings by size and architecture."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+triton: Any
+tl: Any
+try:
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+except ImportError:  # macOS and other machines without Triton run the reference definitions
+    triton = tl = None
+
+# torch has one registry of ops in a process: a copy of this package under another name needs a namespace of its own.
+_PACKAGE = __name__.rpartition(".")[0]
+NAMESPACE = "prx" if _PACKAGE == "prx_kernels" else re.sub(r"\W", "_", _PACKAGE)
+
+# Interpreted kernels take tensors of any device, CPU ones too; Triton reads the variable when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the bare function where there is no Triton: it is then never launched."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch settings of a kernel: its tile (constexpr arguments by name), warps and pipeline stages."""
+
+    tile: tuple[tuple[str, int], ...]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {**dict(self.tile), "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# The key of a row: the architecture (major·10 + minor; 0 is every other one) and the largest size it serves.
+Table = dict[int, tuple[tuple[int, Config], ...]]
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as major·10 + minor of an NVIDIA device; 0 for AMD, for the interpreter and for the CPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def tuned(table: Table, size: int, device: torch.device) -> Config:
+    """The first row of the device's part of the table that serves `size`.
+
+    Raises:
+        ValueError: the size exceeds every row.
+    """
+    rows = table.get(capability(device), table[0])
+    for limit, config in rows:
+        if size <= limit:
+            return config
+    raise ValueError(f"size {size} exceeds what the kernel supports, {rows[-1][0]}")
+
+
+def alignment(*numbers: int) -> int:
+    """Largest power of two up to 16 that divides every number: what a kernel may assume of its strides, in elements."""
+    for power in (16, 8, 4, 2):
+        if all(number % power == 0 for number in numbers):
+            return power
+    return 1
+
+
+def element_width(x: Tensor) -> Tensor:
+    """View x as integers of its element width, so that a copy is one kernel for all dtypes and exact for all bits."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Make x's device current: Triton launches on the current one, which need not hold the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

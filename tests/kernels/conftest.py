@@ -1,0 +1,31 @@
+"""Interpreted kernels run in a pytest of their own: Triton decides when a kernel is defined, once a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# What stands in interpreted/ needs the variable; everything else here must not have it (compilation, opcheck).
+collect_ignore_glob = ["test_*.py"] if INTERPRETED else ["interpreted/*"]
+
+
+@pytest.fixture
+def run_interpreted() -> Callable[[str], None]:
+    """Run a file of tests/kernels/interpreted under Triton's interpreter; its failures are this test's failure."""
+
+    def run(name: str) -> None:
+        pytest.importorskip("triton")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/interpreted/{name}"]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+    return run
