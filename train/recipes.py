@@ -234,7 +234,7 @@ def shapes() -> Recipe:
         ema=EMASettings(decay=0.995, every=1),
         train=Train(steps=1_500, batch=32, warmup=100, cooldown=550, clip=0.1),
         sampling=Sampling(steps=20, guidance=2.0, shift=3.0),
-        evaluation=Evaluation(every=750, prompts=450, grid=25),
+        evaluation=Evaluation(every=750, prompts=384, grid=25),
         checkpoint=Checkpoint(every=500),
     )
 
