@@ -48,10 +48,15 @@ class Route(RouteState):
         shared: bool,
     ) -> None:
         super().__init__()
-        self.start, self.end, self.selection_ratio = start, end, selection_ratio
+        self.start, self.end = start, end
         self.prefix, self.shared = prefix, shared
         self.fixed, self.in_eval = None, False
+        self._ratio = repr(selection_ratio)  # torch.compile(dynamic=True) makes a symbol of a float, not of a string
         self._tokens, self._per_token, self._out = tokens, per_token, out
+
+    @property
+    def selection_ratio(self) -> float:
+        return float(self._ratio)
 
     def __repr__(self) -> str:
         return f"Route(blocks {self.start} to {self.end}, selection_ratio={self.selection_ratio})"
