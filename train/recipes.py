@@ -221,7 +221,10 @@ class TwoStages:
 
 
 def shapes() -> Recipe:
-    """One coloured shape on a coloured background, 32 px: two CPU cores, minutes. Dense: routing cost accuracy."""
+    """One coloured shape on a coloured background, 32 px: two CPU cores, minutes. Dense: routing cost accuracy.
+
+    Weight decay is what makes colours and shapes combine that never met: without it, 0.48 of such pictures were right.
+    """
     return Recipe(
         preset="shapes",
         data=Data(kind="shapes", height=32, width=32),
@@ -229,8 +232,8 @@ def shapes() -> Recipe:
         text=Text(kind="bytes", max_tokens=64),
         flow=Flow(shift=6.0),
         routing=Routing(enabled=False, start=1, end=2),
-        muon=Muon(lr=6e-3),
-        adam=Adam(lr=3e-3),
+        muon=Muon(lr=6e-3, weight_decay=0.1),
+        adam=Adam(lr=3e-3, weight_decay=0.1),
         ema=EMASettings(decay=0.995, every=1),
         train=Train(steps=1_500, batch=32, warmup=100, cooldown=550, clip=0.1),
         sampling=Sampling(steps=20, guidance=2.0, shift=3.0),
