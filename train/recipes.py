@@ -235,9 +235,9 @@ def shapes() -> Recipe:
         muon=Muon(lr=6e-3, weight_decay=0.1),
         adam=Adam(lr=3e-3, weight_decay=0.1),
         ema=EMASettings(decay=0.995, every=1),
-        train=Train(steps=1_500, batch=32, warmup=100, cooldown=550, clip=0.1),
+        train=Train(steps=1_700, batch=32, warmup=100, cooldown=600, clip=0.1),
         sampling=Sampling(steps=20, guidance=2.0, shift=3.0),
-        evaluation=Evaluation(every=750, prompts=384, grid=25),
+        evaluation=Evaluation(every=850, prompts=384, grid=25),
         checkpoint=Checkpoint(every=500),
     )
 
