@@ -180,6 +180,20 @@ def test_other_data_on_resume_are_refused(tmp_path: Path, picture_folder: Path) 
     assert "are not those that" in done.stderr
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_truncated_picture_is_one_sentence(tmp_path: Path, picture_folder: Path, workers: str) -> None:
+    broken = tmp_path / "data"
+    shutil.copytree(picture_folder, broken)
+    for picture in (broken / "train").glob("*.png"):
+        picture.write_bytes(picture.read_bytes()[:60])
+    images = ("--data.height", "16", "--data.width", "16", "--data.style-column", "", "--data.image-column", "image")
+    where = ("--data.path", str(broken), "--data.workers", workers, "--train.steps", "2")
+    done = start(tmp_path / "runs", *where, *images, preset="pictograms")
+    assert done.returncode == 2
+    assert ".png" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_weights_of_another_model_are_refused(whole: Path, tmp_path: Path) -> None:
     from train.trained import load_trained
 

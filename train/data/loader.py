@@ -71,7 +71,11 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def batches(dataset: Dataset, recipe: Recipe, world: World, start_step: int) -> Iterator[Batch]:
-    """This rank's batches from `start_step` to the end of training, on its device."""
+    """This rank's batches from `start_step` to the end of training, on its device.
+
+    Raises:
+        UserError: a picture or caption that cannot be read, by file and row.
+    """
     sampler = PositionSampler(
         global_batch=recipe.train.batch,
         steps=recipe.train.steps,
@@ -91,8 +95,13 @@ def batches(dataset: Dataset, recipe: Recipe, world: World, start_step: int) -> 
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
     )
-    for batch in loader:
-        yield batch.to(world.device)
+    try:
+        for batch in loader:
+            yield batch.to(world.device)
+    except UserError as error:
+        # A worker's error arrives with its traceback as text; the sentence is the last line.
+        sentence = str(error).strip().splitlines()[-1]
+        raise UserError(sentence.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
 
 
 def collate(examples: list[tuple[int, Example]]) -> Batch:
