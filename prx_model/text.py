@@ -54,7 +54,8 @@ class ByteTower(nn.Module):
         """T5's initialisation (unit embeddings, linear maps of variance 1/fan-in), and heads turned to nearby bytes."""
         nn.init.normal_(self.embedding.weight, generator=generator)
         nn.init.normal_(self.relative_bias.weight, std=self.width**-0.5, generator=generator)
-        bucket = _buckets(2 * MAX_DISTANCE, self.relative_bias.weight.device)[MAX_DISTANCE]
+        # On the CPU, whatever the weights are on: on the meta device a bucket would have no value to index by.
+        bucket = _buckets(2 * MAX_DISTANCE, torch.device("cpu"))[MAX_DISTANCE].tolist()
         for head in range(self.num_heads):
             offset = LOCAL_OFFSETS[head % len(LOCAL_OFFSETS)]
             self.relative_bias.weight[bucket[MAX_DISTANCE + offset], head] += LOCAL_BIAS
