@@ -18,7 +18,8 @@ PAD, END, FIRST_BYTE, VOCABULARY = 0, 1, 3, 384
 BUCKETS, MAX_DISTANCE = 32, 128
 NORM_EPS = 1e-6
 # Where the byte tower's heads look at first: bytes nearby, so that words are seen from the start and tokens do not mix.
-# With T5's small random bias the `shapes` preset had not learned a colour after 600 steps; with this, all backgrounds.
+# One run each of 600 steps on `shapes`: 0.34 of the backgrounds right with T5's small random bias (4 heads, depth 2),
+# 1.00 with a first form of this (bias 4 on 6 of 8 heads, depth 1); the present form was not compared alone.
 LOCAL_OFFSETS, LOCAL_BIAS = (-1, -2, -3, -4, -5, 1, 2, -6), 8.0
 
 

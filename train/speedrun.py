@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 # OpenMP threads that spin for milliseconds at every barrier stand still where two cores are shared with anything else
-# (measured: 9 pictures/s instead of 250 on `shapes`); 2,000 spins are a few microseconds. Read when torch is loaded.
+# (`shapes` beside one busy core: 204 pictures/s, 9 at worst; 249 with this). Read when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from train.commandline import parse  # noqa: E402
