@@ -223,7 +223,7 @@ class _Meter:
     """Loss and speed since the last reading, kept on the device until then."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
-        self.batch, self.device = recipe.train.batch, world.device
+        self.batch, self.device, self.world_size = recipe.train.batch, world.device, world.size
         tokens_flop = 3.0 * flop_per_image(recipe)
         peak = peak_flops(world.device)
         self.mfu_per_rate = tokens_flop / (peak * world.size) if peak else None
@@ -240,7 +240,10 @@ class _Meter:
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        loss, norm = (torch.stack((self.loss, self.norm)) / max(self.steps, 1)).tolist()
+        means = torch.stack((self.loss, self.norm)) / (max(self.steps, 1) * self.world_size)
+        if self.world_size > 1:
+            dist.all_reduce(means)  # each rank has seen its own part of the batch
+        loss, norm = means.tolist()
         rate = self.batch * self.steps / (time.monotonic() - self.began)
         values = {"train/loss": loss, "train/gradient_norm": norm, "speed/images_per_second": rate}
         if self.mfu_per_rate:

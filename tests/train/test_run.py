@@ -139,13 +139,13 @@ def test_two_ranks_train_on_the_same_samples_as_one(whole: Path, tmp_path: Path)
         for run in (whole, tmp_path / "shapes")
     )
     # The mean of ten steps' losses; ranks differ in the order of float32 sums, grown over ten steps of Muon in bf16.
-    assert second[0]["train/loss"] != 0
     one, two = (
         tensors(whole, 6)["model/final_layer.linear.weight"],
         tensors(tmp_path / "shapes", 6)["model/final_layer.linear.weight"],
     )
     assert (one - two).norm() < 0.05 * one.norm()
     assert first[0]["step"] == second[0]["step"] == 10
+    assert second[0]["train/loss"] == pytest.approx(first[0]["train/loss"], rel=0.01)
 
 
 def test_scenes_and_image_presets_train(tmp_path: Path, picture_folder: Path) -> None:
