@@ -1,0 +1,1 @@
+"""Benchmarks that say what they timed: `pytest benchmarks/ --benchmark-only`."""

@@ -1,0 +1,77 @@
+"""What makes `pytest benchmarks/ --benchmark-only` trustworthy: the clock, the checks, the machine, the summary.
+
+The parts are in clock.py (device time), measure.py (check, then time), machine.py (ceilings, versions) and summary.py.
+On a GPU every benchmark has two rows, device time and wall time; on a CPU one, marked as no result.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import machine, summary
+from benchmarks.clock import CLOCK
+from benchmarks.machine import Ceilings
+from benchmarks.measure import Measure, Row
+
+ROWS = pytest.StashKey[list[Row]]()
+CEILINGS = pytest.StashKey[Ceilings | None]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+    config.stash[CEILINGS] = None
+    if torch.cuda.is_available():
+        # The recipe's precision; peers get the same.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    else:
+        torch.set_num_threads(1)  # sizes are tiny: threads would only wait for one another
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "measure" in metafunc.fixturenames:
+        clocks = ["device", "wall"] if torch.cuda.is_available() else ["cpu"]
+        metafunc.parametrize("measure", clocks, indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "measure" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
+@pytest.fixture(scope="session")
+def ceilings(request: pytest.FixtureRequest) -> Ceilings:
+    """Both ceilings of this machine, measured once in this run, before the first row."""
+    found = machine.measure_ceilings()
+    request.config.stash[CEILINGS] = found
+    return found
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, ceilings: Ceilings, benchmark: Any) -> Iterator[Measure]:
+    """Check and time one function; see `Measure.__call__`."""
+    yield Measure(benchmark, request.param, request.config.stash[ROWS])
+    if torch.cuda.is_available():
+        torch.compiler.reset()
+        torch.cuda.empty_cache()
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.update(machine.describe())
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    found = config.stash[CEILINGS]
+    output_json["ceilings"] = machine.ceilings_as_json(found) if found else None
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    rows, found = config.stash[ROWS], config.stash[CEILINGS]
+    if not rows or found is None:
+        return
+    terminalreporter.section("what was measured")
+    for line in summary.lines(rows, found):
+        terminalreporter.write_line(line)

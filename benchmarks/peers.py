@@ -1,0 +1,87 @@
+"""Whom we are compared with: how a peer is declared, found, and skipped with its reason.
+
+A benchmark names a peer; `require` skips the row, visibly, where that peer is not installed or cannot run here.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An implementation by others, or torch's own."""
+
+    name: str
+    what: str
+    """What of it is timed."""
+    module: str = "torch"
+    """Module that must be importable."""
+    distribution: str = ""
+    """Its name on PyPI, where it is not torch itself."""
+    minimum_capability: tuple[int, int] | None = None
+    """CUDA compute capability that it needs; None runs anywhere."""
+    torch_attribute: str = ""
+    """Dotted name below torch that this torch version must have."""
+
+    def missing(self) -> str | None:
+        """Why this peer cannot run here, in one sentence; None where it can."""
+        try:
+            found = find_spec(self.module) is not None
+        except ModuleNotFoundError:  # a parent package is not there
+            found = False
+        if not found:
+            return f"{self.name} is not installed (PyPI: {self.distribution or self.module})"
+        if self.torch_attribute:
+            owner: object = torch
+            for part in self.torch_attribute.split("."):
+                if not hasattr(owner, part):
+                    return f"{self.name} needs torch.{self.torch_attribute}, which torch {torch.__version__} lacks"
+                owner = getattr(owner, part)
+        if self.minimum_capability is not None:
+            if not torch.cuda.is_available():
+                return f"{self.name} needs a CUDA device"
+            if torch.cuda.get_device_capability() < self.minimum_capability:
+                need = ".".join(map(str, self.minimum_capability))
+                return f"{self.name} needs compute capability {need}, this is {torch.cuda.get_device_name()}"
+        return None
+
+
+_ALL = (
+    Peer("plain", "the plain PyTorch definition, eager"),
+    Peer("plain compiled", "the plain PyTorch definition through torch.compile"),
+    Peer("torch.optim.Muon", "torch's own Muon", torch_attribute="optim.Muon"),
+    Peer("diffusers", "PRXTransformer2DModel", module="diffusers", distribution="diffusers"),
+    Peer("timm", "PatchEmbed", module="timm", distribution="timm"),
+    Peer(
+        "varlen",
+        "torch.nn.attention.varlen",
+        module="torch.nn.attention.varlen",
+        distribution="torch",
+        minimum_capability=(8, 0),
+    ),
+    Peer(
+        "flash-attn",
+        "flash_attn_varlen_func",
+        module="flash_attn",
+        distribution="flash-attn",
+        minimum_capability=(8, 0),
+    ),
+)
+PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}
+
+
+def require(name: str) -> Peer:
+    """The peer of this name; skips the test with the reason where it cannot run.
+
+    Raises:
+        ValueError: no peer of this name is declared.
+    """
+    if name not in PEERS:
+        raise ValueError(f"no peer {name!r} is declared in benchmarks/peers.py; there are {', '.join(PEERS)}")
+    reason = PEERS[name].missing()
+    if reason:
+        pytest.skip(reason)
+    return PEERS[name]

@@ -1,0 +1,131 @@
+"""Image queries over [text, image] keys, with text padded to 256 tokens of which some are real: five ways to skip them.
+
+PRX's own is the additive one: a mask of shape (batch, heads, queries, keys). Operations count real keys only.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import device
+from benchmarks.measure import Measure
+from benchmarks.passes import Which
+from benchmarks.peers import require
+from benchmarks.roofline import attention
+from prx_model.attention import attend
+
+GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if GPU else torch.float32
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    queries: int
+    heads: int
+    head_dim: int
+    text: int
+    fill: float
+
+    def __str__(self) -> str:
+        return f"B{self.batch} H{self.heads} Q{self.queries} L{self.text} fill {self.fill:.0%}"
+
+    def lengths(self) -> list[int]:
+        """Real text tokens of each sample: spread round the mean, never none."""
+        mean = self.fill * self.text
+        spread = min(mean - 1, self.text - mean)
+        steps = [2 * i / max(self.batch - 1, 1) - 1 for i in range(self.batch)]
+        return [round(mean + spread * step) for step in steps]
+
+
+if GPU:
+    # Dense and routed blocks of both stages (RECIPE.md).
+    CASES = [Case(b, q, 28, 64, 256, f) for b, q in ((32, 256), (32, 128), (16, 1024), (16, 512)) for f in (0.4, 1.0)]
+else:
+    CASES = [Case(2, 16, 2, 16, 8, 0.4), Case(2, 16, 2, 16, 8, 1.0)]
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def additive(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
+    """A mask of numbers for every head and query, as the PRX repository makes it."""
+    key, value = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
+    joint = F.pad(mask, (0, k.shape[2]), value=True)
+    bias = torch.zeros(joint.shape, dtype=q.dtype, device=q.device).masked_fill(~joint, float("-inf"))
+    bias = bias[:, None, None, :].expand(-1, q.shape[1], q.shape[2], -1).contiguous()
+    return F.scaled_dot_product_attention(q, key, value, attn_mask=bias)
+
+
+def broadcast(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
+    return attend(q, (k, v), (text_k, text_v), mask, "sdpa")
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
+    return attend(q, (k, v), (text_k, text_v), mask, "varlen")
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
+    return attend(q, (k, v), (text_k, text_v), mask, "flash")
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
+    """Softmax of masked scores, written out."""
+    key, value = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
+    joint = F.pad(mask, (0, k.shape[2]), value=True)[:, None, None, :]
+    scores = (q @ key.mT * q.shape[-1] ** -0.5).masked_fill(~joint, float("-inf"))
+    return scores.softmax(dim=-1) @ value
+
+
+WAYS = {"additive": additive, "broadcast": broadcast, "packed": None, "varlen": varlen, "flash": flash}
+NEEDS = {"varlen": "varlen", "flash": "flash-attn"}
+
+
+def packed(lengths: list[int]):  # type: ignore[no-untyped-def]
+    """Real keys only, sample by sample, lengths known to the host (as with cached captions of one length a bucket)."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
+        parts = []
+        for i, length in enumerate(lengths):
+            key = torch.cat((text_k[i : i + 1, :, :length], k[i : i + 1]), dim=2)
+            value = torch.cat((text_v[i : i + 1, :, :length], v[i : i + 1]), dim=2)
+            parts.append(F.scaled_dot_product_attention(q[i : i + 1], key, value))
+        return torch.cat(parts)
+
+    return run
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("which", ["forward", "both"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(measure: Measure, case: Case, which: Which, way: str) -> None:
+    if way in NEEDS:
+        require(NEEDS[way])
+
+    def inputs(seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v, text_k, text_v = (
+            torch.randn(case.batch, case.heads, n, case.head_dim, generator=generator)
+            .to(device(), DTYPE)
+            .requires_grad_()
+            for n in (case.queries, case.queries, case.queries, case.text, case.text)
+        )
+        lengths = torch.tensor(case.lengths(), device=device())
+        return q, k, v, text_k, text_v, torch.arange(case.text, device=device()) < lengths[:, None]
+
+    keys = case.queries + sum(case.lengths()) / case.batch
+    measure(
+        op="attention with text mask",
+        case=str(case),
+        which=which,
+        way=way,
+        function=WAYS[way] or packed(case.lengths()),
+        inputs=inputs,
+        reference=definition,
+        cost=attention(case.batch, case.heads, case.queries, keys, case.head_dim, which),
+        # bf16 keeps 8 bits: 2^-8 for each of scores, weights and output, and sums of them in the gradients.
+        tolerance=2e-2 if GPU else 1e-5,
+        ours=way == "broadcast",
+    )

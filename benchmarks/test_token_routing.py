@@ -1,0 +1,274 @@
+"""Entering and leaving a TREAD route: ours, and three published ways, each written here as a plain definition.
+
+All get the same kept sets; drawing them is timed by itself. The reference for all is a scatter of the kept rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import prx_kernels
+from benchmarks.machine import device
+from benchmarks.measure import Measure
+from benchmarks.passes import Which
+from benchmarks.roofline import Cost, routing_bytes
+from prx_kernels import reference
+
+GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if GPU else torch.float32
+RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int
+    tokens: int
+    channels: int
+
+    def __str__(self) -> str:
+        return f"B{self.batch} N{self.tokens} C{self.channels}"
+
+    @property
+    def kept(self) -> int:
+        return prx_kernels.kept_tokens(self.tokens, RATIO)
+
+
+SIZES = ((32, 256), (16, 1024), (8, 4096)) if GPU else ((2, 16),)
+CASES = [Case(b, n, c) for b, n in SIZES for c in ((1792, 1152) if GPU else (32,))]
+
+
+def ours(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Tensor:
+    y, byp = prx_kernels.enter_route(x, keep)
+    return prx_kernels.exit_route(_block(y, update), byp, keep)
+
+
+def prx(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Tensor:
+    """The PRX repository's: both parts gathered, both scattered into zeros."""
+    y, skipped = _take(x, keep), _take(x, complement)
+    out = _block(y, update).new_zeros(x.shape)
+    out = out.scatter(1, _wide(keep, x), _block(y, update))
+    return out.scatter(1, _wide(complement, x), skipped)
+
+
+def compvis(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Tensor:
+    """CompVis' TREAD: the kept rows gathered, and scattered into a copy of what came before."""
+    return x.scatter(1, _wide(keep, x), _block(_take(x, keep), update))
+
+
+def simpletuner(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Tensor:
+    """SimpleTuner's: all rows shuffled, cut; both parts put behind one another, and all rows shuffled back."""
+    shuffle = torch.cat((keep, complement), dim=1)
+    restore = torch.argsort(shuffle, dim=1)
+    kept = keep.shape[1]
+    y = torch.take_along_dim(x, _wide(shuffle, x), dim=1)[:, :kept]
+    joined = torch.empty_like(x)
+    joined[:, :kept] = _block(y, update)
+    joined[:, kept:] = torch.take_along_dim(x, _wide(shuffle, x), dim=1)[:, kept:]
+    return torch.take_along_dim(joined, _wide(restore, x), dim=1)
+
+
+def definition(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Tensor:
+    """The truth that all are checked against."""
+    return reference.scatter_tokens(x, _block(reference.gather_tokens(x, keep), update), keep)
+
+
+def _block(y: Tensor, update: Tensor) -> Tensor:
+    """What the routed blocks give, as far as traffic goes: another tensor, known beforehand, that depends on y.
+
+    It moves nothing and is a view, so only entering and leaving are timed; its gradient goes on to y.
+    """
+    return _Swap.apply(y, update)
+
+
+class _Swap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, update: Tensor) -> Tensor:
+        return update.view_as(update)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, _wide(index, x))
+
+
+def _wide(index: Tensor, x: Tensor) -> Tensor:
+    return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+
+
+WAYS: dict[str, Callable[..., Tensor]] = {"ours": ours, "PRX": prx, "CompVis": compvis, "SimpleTuner": simpletuner}
+
+
+def make_inputs(case: Case) -> Callable[[int], tuple[Tensor, ...]]:
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        x, update = (
+            torch.randn(case.batch, n, case.channels, generator=generator).to(device(), DTYPE)
+            for n in (case.tokens, case.kept)
+        )
+        order = torch.rand(case.batch, case.tokens, generator=generator).argsort(dim=1).to(device())
+        keep, complement = (part.sort(dim=1).values for part in order.split([case.kept, case.tokens - case.kept], 1))
+        return x.requires_grad_(), keep, complement, update
+
+    return inputs
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("which", ["forward", "backward", "both"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_enter_and_exit(measure: Measure, case: Case, which: Which, way: str, mode: str) -> None:
+    function = WAYS[way] if mode == "eager" else compiled(WAYS[way])
+    element = torch.tensor([], dtype=DTYPE).element_size()
+    measure(
+        op="enter + exit route",
+        case=str(case),
+        which=which,
+        way=f"{way}, {mode}",
+        function=function,
+        inputs=make_inputs(case),
+        reference=definition,
+        cost=Cost(routing_bytes(which, case.batch, case.tokens, case.kept, case.channels, element)),
+        tolerance=0.0,  # rows are copied
+        ours=way == "ours",
+    )
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Through Inductor on a GPU; on a CPU, where no time counts, through the graph capture alone."""
+    return torch.compile(function, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+
+
+def fused_entry(x: Tensor, keep: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    y, h, _ = prx_kernels.enter_route_modulate(x, keep, shift, scale)
+    return y, h
+
+
+def plain_entry(x: Tensor, keep: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    y = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    h = torch.nn.functional.layer_norm(y, y.shape[-1:], eps=1e-6)
+    return y, (1 + scale[:, None]) * h + shift[:, None]
+
+
+def fused_exit(byp: Tensor, keep: Tensor, y: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return prx_kernels.exit_route_gated(y, branch, gate, byp, keep)
+
+
+def plain_exit(byp: Tensor, keep: Tensor, y: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return byp.scatter(1, keep.unsqueeze(-1).expand(-1, -1, byp.shape[-1]), y + gate[:, None] * branch)
+
+
+FUSED: dict[str, tuple[Callable[..., Any], bool]] = {
+    "ours fused": (fused_entry, False), "plain": (plain_entry, False), "plain compiled": (plain_entry, True),
+}  # fmt: skip
+FUSED_EXIT: dict[str, tuple[Callable[..., Any], bool]] = {
+    "ours fused": (fused_exit, False), "plain": (plain_exit, False), "plain compiled": (plain_exit, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", FUSED)
+@pytest.mark.parametrize("which", ["forward", "both"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_enter_and_modulate(measure: Measure, case: Case, which: Which, way: str) -> None:
+    function, compile_it = FUSED[way]
+    base = make_inputs(case)
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        x, keep, _, _ = base(seed)
+        return x, keep, *_vectors(case, seed, 2)
+
+    rows, full = (case.batch * n * case.channels * x_bytes() for n in (case.kept, case.tokens))
+    # Forward reads K rows and writes y and h; backward reads both gradients and y, and writes N rows.
+    backward = 3 * rows + full
+    measure(
+        op="enter route + LayerNorm + modulation",
+        case=str(case),
+        which=which,
+        way=way,
+        function=compiled(function) if compile_it else function,
+        inputs=inputs,
+        reference=plain_entry,
+        cost=Cost(3 * rows + (backward if which == "both" else 0)),
+        # One rounding of outputs and of sums over tokens, as the same formula in this dtype has.
+        tolerance=2e-2 if GPU else 1e-5,
+        ours=way.startswith("ours"),
+    )
+
+
+@pytest.mark.parametrize("way", FUSED_EXIT)
+@pytest.mark.parametrize("which", ["forward", "both"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gate_and_exit(measure: Measure, case: Case, which: Which, way: str) -> None:
+    function, compile_it = FUSED_EXIT[way]
+    base = make_inputs(case)
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        x, keep, _, y = base(seed)
+        branch = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed + 1)).to(y)
+        return x, keep, y.requires_grad_(), branch.requires_grad_(), *_vectors(case, seed, 1)
+
+    rows, full = (case.batch * n * case.channels * x_bytes() for n in (case.kept, case.tokens))
+    # Forward reads y, branch and the other rows, writes all; backward reads the kept gradients and the branch, writes
+    # two gradients of K rows, and clears the kept rows of the third.
+    forward, backward = 2 * rows + (full - rows) + full, 4 * rows + (full - rows) + full
+    measure(
+        op="gated residual + exit route",
+        case=str(case),
+        which=which,
+        way=way,
+        function=compiled(function) if compile_it else function,
+        inputs=inputs,
+        reference=plain_exit,
+        cost=Cost(forward + (backward if which == "both" else 0)),
+        tolerance=2e-2 if GPU else 1e-5,
+        ours=way.startswith("ours"),
+    )
+
+
+@pytest.mark.parametrize("way", ["ours", "rand + argsort + sort"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.channels == CASES[0].channels], ids=str)
+def test_sample_keep(measure: Measure, case: Case, way: str) -> None:
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        return torch.arange(case.batch, device=device()), torch.tensor(seed, device=device())
+
+    def draw(ids: Tensor, seed: Tensor) -> Tensor:
+        return prx_kernels.sample_keep(ids, case.tokens, RATIO, seed=seed)
+
+    def argsort(ids: Tensor, seed: Tensor) -> Tensor:
+        order = torch.rand(len(ids), case.tokens, device=ids.device).argsort(dim=1)
+        return order[:, : case.kept].sort(dim=1).values
+
+    def is_a_sorted_subset(run: Callable[..., Tensor], arguments: tuple[Any, ...]) -> float:
+        keep = run(*arguments).long()
+        right = keep.shape == (case.batch, case.kept) and bool((keep.diff(dim=1) > 0).all())
+        return 0.0 if right and int(keep.min()) >= 0 and int(keep.max()) < case.tokens else float("inf")
+
+    measure(
+        op="sample kept tokens",
+        case=f"B{case.batch} N{case.tokens}",
+        way=way,
+        function=draw if way == "ours" else argsort,
+        inputs=inputs,
+        verify=is_a_sorted_subset,
+        cost=Cost(4.0 * case.batch * case.kept),
+        tolerance=0.0,
+        ours=way == "ours",
+    )
+
+
+def _vectors(case: Case, seed: int, count: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(10_000 + seed)
+    return tuple(
+        torch.randn(case.batch, case.channels, generator=generator).to(device(), DTYPE).requires_grad_()
+        for _ in range(count)
+    )
+
+
+def x_bytes() -> int:
+    return torch.tensor([], dtype=DTYPE).element_size()

@@ -1,0 +1,116 @@
+"""The formulas: RECIPE.md's table, KERNELS.md's figures, and counts by hand."""
+
+import pytest
+import torch
+
+from benchmarks import roofline
+from benchmarks.roofline import STAGE_1, STAGE_2
+from benchmarks.test_token_routing import WAYS, Case, make_inputs
+from benchmarks.traffic import EagerTraffic
+from prx_kernels import reference
+from prx_model.flops import newton_schulz_flop
+
+# RECIPE.md, "Where its time goes": TFLOP a GPU and step.
+RECIPE = {
+    "denoiser, dense": (43.6, 83.7),
+    "denoiser, TREAD": (26.8, 47.3),
+    "LPIPS": (3.8, 7.7),
+    "P-DINO": (4.5, 2.2),
+    "REPA teacher": (5.2, 0.0),
+    "Newton-Schulz, one GPU": (47.9, 47.9),
+    "Newton-Schulz, spread": (1.5, 1.5),
+    "T5Gemma": (33.6, 16.8),
+    "T5Gemma, embedding counted": (42.6, 21.3),
+}
+
+
+@pytest.mark.parametrize("part", RECIPE)
+def test_parts_are_those_of_the_recipe(part):
+    for stage, expected in zip((STAGE_1, STAGE_2), RECIPE[part], strict=True):
+        # The table has one decimal; 1.5 % covers what it counts otherwise (register tokens, patch embeddings).
+        assert stage.parts()[part] / 1e12 == pytest.approx(expected, rel=0.015, abs=0.06)
+
+
+def test_sums_and_floors_are_those_of_the_recipe():
+    assert STAGE_1.total() / 1e12 == pytest.approx(41.8, rel=0.005)
+    assert STAGE_2.total() / 1e12 == pytest.approx(58.7, rel=0.005)
+    assert STAGE_1.floor_seconds() * 1e3 == pytest.approx(53, abs=0.5)
+    assert STAGE_2.floor_seconds() * 1e3 == pytest.approx(74, abs=0.5)
+    assert roofline.hours(STAGE_1.floor_seconds(), STAGE_2.floor_seconds()) == pytest.approx(1.9, abs=0.05)
+    assert roofline.hours(0.100, 0.135) == pytest.approx(3.5, abs=0.05)
+    assert {name: one for name, one, _ in roofline.table()}["ms at the ceiling"] == pytest.approx(53, abs=0.5)
+
+
+def test_newton_schulz_of_the_112_matrices():
+    shapes = roofline.prx_muon_shapes()
+    assert len(shapes) == 112
+    assert {min(shape) for shape in shapes} == {1792}
+    for algorithm, tflop in (("plain", 47.9), ("symmetric", 34.3), ("gram", 21.5)):
+        assert roofline.newton_schulz(shapes, algorithm) / 1e12 == pytest.approx(tflop, abs=0.06)
+    assert roofline.newton_schulz([(32, 64)], "plain") == newton_schulz_flop(32, 64)
+    with pytest.raises(ValueError, match="no formula for 'gram' Newton-Schulz of 3 steps"):
+        roofline.newton_schulz(shapes, "gram", 3)
+
+
+def test_shapes_of_muon_are_those_of_the_model():
+    from prx_model import PRXConfig, PRXTransformer
+
+    config = PRXConfig(context_in_dim=24, hidden_size=64, num_heads=2, depth=2, axes_dim=(16, 16), bottleneck_size=16)
+    named = PRXTransformer(config).named_parameters()
+    found = sorted(tuple(p.shape) for name, p in named if "blocks." in name and p.ndim == 2)
+    assert sorted(roofline.prx_muon_shapes(config)) == found
+
+
+def test_counts_by_hand():
+    assert roofline.linear(2, 3, 5).flop == 60
+    assert roofline.linear(2, 3, 5).nbytes == 2 * (6 + 15 + 10)
+    assert roofline.attention(1, 1, 2, 3, 4, "forward").flop == 4 * 2 * 3 * 4
+    assert roofline.attention(1, 1, 2, 3, 4, "both").flop == 3.5 * 4 * 2 * 3 * 4
+    assert roofline.pass_bytes(32, 256, 1792, 2) == pytest.approx(29.4e6, rel=0.002)
+    u = roofline.pass_bytes(2, 8, 16, 4)
+    assert roofline.routing_bytes("both", 2, 8, 4, 16, 4) == roofline.ROUTING_PASSES["ours compiled"] * u
+
+
+def test_vgg16_counts_what_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    from torchvision.models import vgg16
+
+    with torch.device("meta"):
+        model, image = vgg16().features, torch.empty(1, 3, 64, 96)
+    with FlopCounterMode(display=False) as counter:
+        model(image)
+    assert counter.get_total_flops() == roofline.vgg16_forward(64, 96)
+
+
+@pytest.mark.parametrize("teacher", ["vit_base_patch14_reg4_dinov2", "vit_large_patch16_dinov3"])
+def test_teachers_count_what_torch_counts(teacher):
+    import timm
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size, vision = (224, roofline.DINOV2_B) if "dinov2" in teacher else (256, roofline.DINOV3_L)
+    with torch.device("meta"):
+        arguments = {"img_size": size} if "dinov2" in teacher else {}
+        model, image = timm.create_model(teacher, pretrained=False, **arguments), torch.empty(1, 3, size, size)
+        with FlopCounterMode(display=False) as counter:
+            model.forward_features(image)
+    assert counter.get_total_flops() == pytest.approx(vision.forward(size), rel=0.01)
+
+
+def test_the_ways_of_routing_rank_as_the_plan_counts_them():
+    """Bytes of each plain definition's eager ops in bf16 at half the tokens, indices included."""
+    case = Case(batch=4, tokens=64, channels=64)
+    x, keep, complement, update = make_inputs(case)(0)
+    x = x.detach().bfloat16().requires_grad_()
+    update = update.bfloat16()
+    u = x.numel() * 2
+    counted = {}
+    for way, function in WAYS.items():
+        if way == "ours":
+            continue
+        with EagerTraffic() as traffic:
+            out = function(x, keep, complement, update)
+            torch.autograd.grad(out, x, torch.ones_like(out))
+        counted[way] = traffic.nbytes / u
+    assert 6 < 8 < counted["CompVis"] < counted["PRX"] < counted["SimpleTuner"], counted
+    truth = reference.scatter_tokens(x, update, keep)
+    assert all(torch.equal(WAYS[way](x, keep, complement, update), truth) for way in counted)
