@@ -147,7 +147,7 @@ class Trainer:
     def _captions(self, batch: Batch) -> list[str]:
         """Captions with some dropped; drawn on the host, where the captions are."""
         seed = torch.tensor(derive_seed(self.recipe.train.seed, stage=self.stage, step=self.step, purpose="drop"))
-        dropped = flow.drop_captions(seed, batch.positions.cpu(), self.recipe.flow.caption_drop)
+        dropped = flow.drop_captions(seed, batch.host_positions, self.recipe.flow.caption_drop)
         return ["" if drop else text for drop, text in zip(dropped.tolist(), batch.captions, strict=True)]
 
     def _seed(self, purpose: str) -> Tensor:

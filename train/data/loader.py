@@ -33,12 +33,17 @@ class Batch:
     captions: list[str]
     positions: Tensor
     """(batch,) int64, global sample positions."""
+    host_positions: Tensor
+    """The same, where the captions are: reading them from a GPU would wait for it."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on the device."""
-        return Batch(
-            self.image.to(device, non_blocking=True), self.captions, self.positions.to(device, non_blocking=True)
-        )
+        image, positions = (x.to(device, non_blocking=True) for x in (self.image, self.positions))
+        return Batch(image, self.captions, positions, self.host_positions)
+
+    def pin_memory(self) -> "Batch":
+        """What the loader calls where batches go to a GPU: copies from pinned memory run beside computation."""
+        return Batch(self.image.pin_memory(), self.captions, self.positions.pin_memory(), self.host_positions)
 
 
 def open_dataset(data: Data, seed: int) -> Dataset:
@@ -108,7 +113,7 @@ def collate(examples: list[tuple[int, Example]]) -> Batch:
     """Stack numbered examples of one size."""
     image = torch.from_numpy(np.stack([example.image for _, example in examples])).permute(0, 3, 1, 2).contiguous()
     positions = torch.tensor([position for position, _ in examples], dtype=torch.int64)
-    return Batch(image, [example.caption for _, example in examples], positions)
+    return Batch(image, [example.caption for _, example in examples], positions, positions)
 
 
 def to_float(image: Tensor) -> Tensor:

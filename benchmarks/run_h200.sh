@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Everything that matters on one GPU, in under nine minutes: bash benchmarks/run_h200.sh OUT [part ...]
+#
+# Parts: gpu-tests, kernels, step, profile, train; all of them by default. Each is bounded in time, writes its log and
+# results to OUT, and is skipped where OUT already holds its result: the same command goes on where it was cut off.
+# Works from a checkout, offline, with the python that is there (PYTHON=…): torch >= 2.11, Triton >= 3.6, pytest,
+# pytest-benchmark. What else is missing skips its rows. PRX_COMMIT names the commit where git does not know.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 1 ] || { echo "usage: bash benchmarks/run_h200.sh OUT [gpu-tests|kernels|step|profile|train ...]" >&2; exit 2; }
+out=$(mkdir -p "$1" && cd "$1" && pwd) || { echo "cannot write to $1" >&2; exit 2; }
+shift
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(gpu-tests kernels step profile train)
+python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+failed=0
+
+# part NAME SECONDS RESULT COMMAND...: run with a limit; RESULT appears in OUT only when the command has succeeded.
+part() {
+  local name=$1 limit=$2 result=$3 begin=$SECONDS code
+  shift 3
+  if [ -e "$out/$result" ]; then
+    echo "$name: done before ($result)"
+    return
+  fi
+  timeout --signal=INT --kill-after=15 "$limit" "$@" >"$out/$name.log" 2>&1
+  code=$?
+  echo "$name: $([ $code = 0 ] && echo ok || echo "FAILED with code $code, see $name.log") in $((SECONDS - begin)) s"
+  if [ $code = 0 ]; then [ -e "$out/$result" ] || cp "$out/$name.log" "$out/$result"; else failed=1; fi
+}
+
+bench() { # NAME SECONDS FILES...: benchmarks into NAME.json; a file of rows cut off by the limit is not kept
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$name.json" bash -c '
+    out=$1 name=$2 python=$3; shift 3
+    "$python" -m pytest "$@" --benchmark-only -q --benchmark-columns=median,iqr -p no:cacheprovider \
+      --benchmark-json="$out/$name.part" && mv "$out/$name.part" "$out/$name.json"' \
+    bash "$out" "$name" "$python" "$@"
+}
+
+for wanted in "${parts[@]}"; do
+  case "$wanted" in
+    gpu-tests) part gpu-tests 150 gpu-tests.txt "$python" -m pytest -m gpu -q -p no:cacheprovider tests ;;
+    kernels) bench kernels 200 $(ls benchmarks/test_*.py | grep -v -e test_model -e test_step) ;;
+    step) bench step 100 $(ls benchmarks/test_model.py benchmarks/test_step.py 2>/dev/null) ;;
+    profile)
+      part profile 60 profile-512.json "$python" -m benchmarks.profile_step --out "$out" ${PRX_TINY:+--tiny --size 64 --batch 2}
+      ;;
+    train)
+      part train 90 train.txt "$python" train/speedrun.py --output.folder "$out/runs" --output.name shapes ${PRX_TRAIN:-}
+      ;;
+    *)
+      echo "unknown part '$wanted'; there are gpu-tests, kernels, step, profile, train" >&2
+      exit 2
+      ;;
+  esac
+done
+
+echo
+for result in kernels step; do
+  [ -e "$out/$result.json" ] && "$python" -m benchmarks.summary "$out/$result.json"
+done
+[ -e "$out/profile-512.json" ] && tail -n 25 "$out/profile.log"
+[ -e "$out/train.txt" ] && tail -n 1 "$out/train.txt"
+[ -e "$out/gpu-tests.txt" ] && tail -n 1 "$out/gpu-tests.txt"
+exit $failed

@@ -1,0 +1,115 @@
+"""`run_h200.sh` with a stand-in for python: parts, limits, resuming; and the profile's arithmetic."""
+
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.profile_step import kind_of, summarise
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Writes what each part's program would write, logs its arguments, and fails where FAIL is among them.
+STAND_IN = """#!/usr/bin/env bash
+echo "$*" >> "$CALLS"
+case "$*" in *"${FAIL:-nothing}"*) exit 3 ;; esac
+for word in "$@"; do
+  case "$word" in --benchmark-json=*) echo '{}' > "${word#--benchmark-json=}" ;; esac
+done
+case "$*" in *profile_step*) echo '{}' > "$OUTPUT/profile-512.json" ;; esac
+echo "last line"
+"""
+
+
+def run(tmp_path: Path, *parts: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    python = tmp_path / "python"
+    python.write_text(STAND_IN)
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    variables = {
+        **os.environ,
+        "PYTHON": str(python),
+        "CALLS": str(tmp_path / "calls"),
+        "OUTPUT": str(out),
+        **environment,
+    }
+    command = ["bash", "benchmarks/run_h200.sh", str(out), *parts]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
+
+
+def calls(tmp_path: Path) -> list[str]:
+    return (tmp_path / "calls").read_text().splitlines()
+
+
+def test_all_parts_run_once_and_are_not_repeated(tmp_path):
+    done = run(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {"gpu-tests.txt", "kernels.json", "step.json", "profile-512.json", "train.txt"}
+    assert results <= {path.name for path in (tmp_path / "out").iterdir()}
+    first = [call for call in calls(tmp_path) if "benchmarks.summary" not in call]
+    assert len(first) == 5
+    assert "benchmarks/test_token_routing.py" in first[1]
+    assert "benchmarks/test_model.py" not in first[1]
+    assert "benchmarks/test_model.py" in first[2]
+    (tmp_path / "out" / "step.json").unlink()
+    again = run(tmp_path)
+    assert again.returncode == 0
+    assert again.stdout.count("done before") == 4
+    later = [call for call in calls(tmp_path)[len(first) :] if "benchmarks.summary" not in call]
+    assert len(later) == 1
+    assert "benchmarks/test_model.py" in later[0]
+
+
+def test_a_failing_part_is_named_keeps_no_result_and_does_not_stop_the_others(tmp_path):
+    done = run(tmp_path, "kernels", "train", FAIL="benchmark-only")
+    assert done.returncode == 1
+    assert "kernels: FAILED with code 3, see kernels.log" in done.stdout
+    assert not (tmp_path / "out" / "kernels.json").exists()
+    assert (tmp_path / "out" / "train.txt").exists()
+
+
+def test_wrong_use_is_a_sentence(tmp_path):
+    assert run(tmp_path, "everything").returncode == 2
+    done = subprocess.run(["bash", "benchmarks/run_h200.sh"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
+
+
+def test_the_limits_add_up_to_ten_minutes_at_most_and_the_usual_parts_to_nine():
+    words = (ROOT / "benchmarks" / "run_h200.sh").read_text()
+    limits = [150, 200, 100, 60, 90]
+    for name, limit in zip(("gpu-tests", "kernels", "step", "profile", "train"), limits, strict=True):
+        assert any(f" {name} {limit} " in line for line in words.splitlines()), (name, limit)
+    assert sum(limits) <= 600
+
+
+def test_profile_sums_time_by_kernel_and_kind_for_one_step():
+    def event(key: str, microseconds: float, count: int, device: str = "DeviceType.CUDA") -> SimpleNamespace:
+        return SimpleNamespace(
+            key=key, self_device_time_total=microseconds, self_cpu_time_total=1.0, count=count, device_type=device
+        )
+
+    events = [
+        event("sm90_xmma_gemm_bf16", 800.0, 8),
+        event("triton_poi_fused_add", 200.0, 4),
+        event("aten::mm", 500.0, 2, "DeviceType.CPU"),
+    ]
+    result = summarise(events, True, 2)
+    assert result["busy_us"] == 500.0
+    assert result["kinds_us"] == {"matrix": 400.0, "other memory-bound": 100.0}
+    assert result["kernels"][0] == {"kernel": "sm90_xmma_gemm_bf16", "us": 400.0, "launches": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_hsh_128x256", "matrix"),
+        ("void flash_fwd_kernel", "attention"),
+        ("Memcpy DtoD", "copies and memory sets"),
+        ("triton_red_fused_native_layer_norm", "other memory-bound"),
+    ],
+)
+def test_kernels_are_sorted_by_name(kernel, kind):
+    assert kind_of(kernel) == kind
