@@ -1,0 +1,258 @@
+"""What a frozen network has to say about a prediction: REPA, LPIPS and perceptual DINO losses (RECIPE.md).
+
+All three are a `Teacher`: they take a `Prediction` and give one loss a sample. A fourth is one more class with a
+`forward`, and a line in the recipe. What two of them need (features of the clean picture, say) is made once a step.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prx_kernels import gather_tokens
+
+from .teacher_weights import load_lpips, load_timm
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_COSINE_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What teachers look at in a step."""
+
+    image: Tensor
+    """Clean pictures (batch, 3, H, W) in [-1, 1]."""
+    x0_hat: Tensor
+    """Predicted pictures, same shape; gradients flow into them."""
+    features: Tensor | None = None
+    """Tokens of the denoiser behind the REPA layer: (batch, N or K, hidden); gradients flow into them."""
+    keep: Tensor | None = None
+    """(batch, K) the tokens that `features` are, where the layer is routed; None where they are all N."""
+    patch_size: int = 32
+    """Of the denoiser, in pixels."""
+    _made: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    def once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, made at the first call of the step with this key, without gradients."""
+        if key not in self._made:
+            with torch.no_grad():
+                self._made[key] = make()
+        return self._made[key]
+
+    def select(self, samples: Tensor) -> Prediction:
+        """The prediction of some samples only: (count,) int64 indices on the tensors' device."""
+        features, keep = (None if x is None else x[samples] for x in (self.features, self.keep))
+        return Prediction(self.image[samples], self.x0_hat[samples], features, keep, self.patch_size)
+
+
+class Teacher(nn.Module):
+    """A frozen network and a loss from it.
+
+    Args:
+        network: frozen here: evaluation mode, no gradients to its weights. Never part of what is sharded, saved,
+            averaged or optimised.
+        dtype: of its weights and of what it is given.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        # Not a submodule: state_dict() and parameters() of a teacher are what is trained with it, a projector at most.
+        self._frozen = [network.to(dtype).eval().requires_grad_(False)]
+        self.dtype = dtype
+
+    @property
+    def network(self) -> Any:
+        """The frozen network."""
+        return self._frozen[0]
+
+    def to_device(self, device: torch.device) -> Teacher:
+        """Move everything, the frozen network too; gives the teacher."""
+        self.network.to(device)
+        return self.to(device)
+
+    def compile_network(self) -> None:
+        """Compile the frozen network in place."""
+        self.network.compile()
+
+    @abstractmethod
+    def forward(self, prediction: Prediction) -> Tensor:
+        """One loss a sample, unweighted: (batch,) float32 (float64 for a network in float64)."""
+
+    @abstractmethod
+    def flop(self, height: int, width: int) -> float:
+        """Operations for one picture of this size, forward, and backward to the prediction where there is one."""
+
+
+class REPA(Teacher):
+    """Alignment of the denoiser's tokens with a vision transformer's: `-mean cos(projector(h), f(x0))`.
+
+    Representation alignment, https://arxiv.org/abs/2410.06940, eq. 8, on the tokens that went through the blocks only.
+    The teacher sees the clean picture resized (nearest) by teacher patch / denoiser patch, so that both have one grid.
+
+    Args:
+        hidden_size: width of the denoiser's tokens.
+        name: timm's name of the teacher.
+        weights: see `teacher_weights.load_timm`.
+        layers: linear layers of the projector, SiLU between them; all but the first are as wide as the teacher.
+        dtype: of the teacher.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        name: str = "vit_large_patch16_dinov3",
+        weights: str = "",
+        layers: int = 3,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(load_timm(name, weights), dtype)
+        width = self.network.embed_dim
+        widths = [hidden_size, *[width] * layers]
+        parts: list[nn.Module] = []
+        for i in range(layers):
+            parts += [nn.SiLU()] * (i > 0) + [nn.Linear(widths[i], widths[i + 1])]
+        self.projector = nn.Sequential(*parts)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """torch's own initialisation of linear layers, from a generator."""
+        for layer in self.projector:
+            if isinstance(layer, nn.Linear):
+                bound = layer.in_features**-0.5
+                nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+    def forward(self, prediction: Prediction) -> Tensor:
+        if prediction.features is None:
+            raise ValueError("REPA needs the denoiser's features: ask forward_tokens for them with feature_layer")
+        target = prediction.once((id(self.network), "repa", prediction.patch_size), lambda: self._target(prediction))
+        if prediction.keep is not None:
+            target = gather_tokens(target, prediction.keep)
+        projected = self.projector(prediction.features)
+        if projected.shape != target.shape:
+            raise ValueError(
+                f"REPA has {tuple(target.shape)} teacher tokens for {tuple(projected.shape)} of the denoiser: "
+                "features behind a routed block need that step's keep, features outside the route none"
+            )
+        return -F.cosine_similarity(_wide(projected), _wide(target), dim=-1, eps=_COSINE_EPS).mean(dim=1)
+
+    def _target(self, prediction: Prediction) -> Tensor:
+        factor = self.network.patch_embed.patch_size[0] / prediction.patch_size
+        resized = F.interpolate(prediction.image.to(self.dtype), scale_factor=factor)
+        return patch_tokens(self.network, imagenet((resized + 1) / 2))
+
+    def flop(self, height: int, width: int, patch_size: int = 32) -> float:
+        factor = self.network.patch_embed.patch_size[0] / patch_size
+        return _count(self.network.forward_features, round(height * factor), round(width * factor), gradient=False)
+
+
+class LPIPSLoss(Teacher):
+    """LPIPS (https://arxiv.org/abs/1801.03924) of prediction and picture at half size, without a clamp.
+
+    Half size is the mean of 2x2 pixels: what bilinear resizing by 0.5 is, and deterministic in its backward.
+
+    Args:
+        network: trunk, "vgg", "alex" or "squeeze".
+        weights: see `teacher_weights.load_lpips`.
+        dtype: of trunk and linear maps.
+    """
+
+    def __init__(self, *, network: str = "vgg", weights: str = "", dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(load_lpips(network, weights), dtype)
+
+    def forward(self, prediction: Prediction) -> Tensor:
+        target = prediction.once("half size", lambda: F.avg_pool2d(prediction.image, 2)).to(self.dtype)
+        predicted = F.avg_pool2d(prediction.x0_hat, 2).to(self.dtype)
+        distance: Tensor = self.network(predicted, target)
+        return _wide(distance.flatten(1)).mean(dim=1)
+
+    def flop(self, height: int, width: int) -> float:
+        trunk = self.network.net
+        target = _count(trunk, height // 2, width // 2, gradient=False)
+        return target + _count(trunk, height // 2, width // 2, gradient=True)
+
+
+class PerceptualDINO(Teacher):
+    """P-DINO: `mean(1 - cos)` over the patch tokens of prediction and picture (RECIPE.md).
+
+    Pictures are taken as `(x + 1) / 2`, clamped to [0, 1], normalised as ImageNet, and resized to a square (bilinear,
+    no antialiasing), in this order.
+
+    Args:
+        name: timm's name of the network, DINOv2 ViT-B/14 with registers by default.
+        weights: see `teacher_weights.load_timm`.
+        size: side of the square in pixels, a multiple of the network's patch.
+        dtype: of the network.
+
+    Raises:
+        ValueError: a size that is no multiple of the patch.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "vit_base_patch14_reg4_dinov2",
+        weights: str = "",
+        size: int = 224,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(load_timm(name, weights), dtype)
+        patch = self.network.patch_embed.patch_size[0]
+        if size % patch or size < patch:
+            raise ValueError(f"pdino.size {size} must be a multiple of the patch {patch} of {name}")
+        self.size = size
+
+    def forward(self, prediction: Prediction) -> Tensor:
+        target = prediction.once((id(self.network), "pdino", self.size), lambda: self._features(prediction.image))
+        predicted = self._features(prediction.x0_hat)
+        return (1 - F.cosine_similarity(_wide(predicted), _wide(target), dim=-1, eps=_COSINE_EPS)).mean(dim=1)
+
+    def _features(self, image: Tensor) -> Tensor:
+        normalised = imagenet(((image + 1) / 2).clamp(0, 1))
+        resized = F.interpolate(normalised, size=(self.size, self.size), mode="bilinear", antialias=False)
+        return patch_tokens(self.network, resized.to(self.dtype))
+
+    def flop(self, height: int, width: int) -> float:
+        forward = self.network.forward_features
+        target = _count(forward, self.size, self.size, gradient=False)
+        return target + _count(forward, self.size, self.size, gradient=True)
+
+
+def imagenet(image: Tensor) -> Tensor:
+    """Normalise pictures (batch, 3, H, W) in [0, 1] by ImageNet's mean and deviation; dtype kept."""
+    mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (image - mean) / std
+
+
+def patch_tokens(network: Any, image: Tensor) -> Tensor:
+    """Normalised patch tokens of a timm vision transformer, without class and register tokens: (batch, N, width)."""
+    tokens: Tensor = network.forward_features(image)
+    return tokens[:, network.num_prefix_tokens :]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in the dtype that sums and cosines are formed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _count(forward: Callable[[Tensor], Any], height: int, width: int, *, gradient: bool) -> float:
+    """Operations of one picture through a network: run once, on the device and dtype of its weights."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    owner = forward if isinstance(forward, nn.Module) else forward.__self__  # type: ignore[attr-defined]
+    weight = next(owner.parameters())
+    image = torch.zeros(1, 3, height, width, device=weight.device, dtype=weight.dtype, requires_grad=gradient)
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(gradient):
+        out = forward(image)
+        if gradient:
+            outputs = [out] if isinstance(out, Tensor) else list(out)
+            torch.stack([o.float().sum() for o in outputs]).sum().backward()
+    return float(counter.get_total_flops())
