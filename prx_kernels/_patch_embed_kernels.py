@@ -143,9 +143,7 @@ def weight_gradient_kernel(  # type: ignore[no-untyped-def]
     if PARTIAL:
         out_ptr += split.to(tl.int64) * bottleneck * features
     out = out_ptr + row.to(tl.int64)[:, None] * features + feature[None, :]
-    tl.store(
-        out, acc.to(out_ptr.dtype.element_ty), mask=(row < bottleneck)[:, None] & (feature < features)[None, :]
-    )
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(row < bottleneck)[:, None] & (feature < features)[None, :])
 
 
 @jit
@@ -181,7 +179,7 @@ def image_gradient_kernel(  # type: ignore[no-untyped-def]
 def sum_parts_kernel(  # type: ignore[no-untyped-def]
     out_ptr, parts_ptr, bias_ptr, count, width, parts, BIAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out = sum of `parts` float32 tensors of `count` elements, in order, plus a bias of `width` along the last axis."""
+    """out = sum of `parts` float32 tensors of `count` elements, in order, plus a bias along the last axis."""
     count = hint(count, ALIGN)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     source = parts_ptr + place

@@ -89,7 +89,7 @@ def project(image: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int,
     """Patches of the picture, noisy where asked, times weightᵀ plus bias: (batch, N, bottleneck), dtype of weight."""
     weight = weight.contiguous()
     bottleneck, features = weight.shape
-    grid, strides = _geometry(image, patch_size)
+    grid, strides = picture_geometry(image, patch_size)
     out = torch.empty((image.shape[0], grid[0], bottleneck), dtype=weight.dtype, device=image.device)
     rows = out.shape[0] * out.shape[1]
     if out.numel() == 0:
@@ -112,7 +112,7 @@ def weight_gradient(grad: Tensor, image: Tensor, patch_size: int, noise: Noise |
     """gradᵀ·patches: (bottleneck, channels·p²), dtype of grad, float32 sums; noise is formed again."""
     grad = grad.contiguous()
     bottleneck, features = grad.shape[2], image.shape[1] * patch_size**2
-    grid, strides = _geometry(image, patch_size)
+    grid, strides = picture_geometry(image, patch_size)
     rows = grad.shape[0] * grad.shape[1]
     out = torch.empty((bottleneck, features), dtype=grad.dtype, device=grad.device)
     if rows == 0:
@@ -140,7 +140,7 @@ def image_gradient(grad: Tensor, weight: Tensor, t: Tensor | None, like: Tensor,
     if out.numel() == 0:
         return out
     size = _config(IMAGE, grad, bottleneck)
-    (tokens, columns, width, plane), strides = _geometry(out, patch_size)
+    (tokens, columns, width, plane), strides = picture_geometry(out, patch_size)
     with on_device(out):
         kernels.image_gradient_kernel[(_tiles(rows, size, "ROWS"), _tiles(features, size, "COLS"))](
             out, grad, weight, grad if t is None else t, rows, features, bottleneck, tokens, columns, width, plane,
@@ -165,7 +165,7 @@ def _parts(splits: int, out: Tensor) -> Tensor:
     return torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
 
 
-def _geometry(image: Tensor, patch_size: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+def picture_geometry(image: Tensor, patch_size: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
     """Tokens, grid columns, width and pixels of a channel; and the picture's strides."""
     batch, channels, height, width = image.shape
     if channels * height * width >= 2**31:

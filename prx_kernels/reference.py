@@ -227,12 +227,27 @@ def x_prediction_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int,
     https://arxiv.org/abs/2511.13720, table 1 (3)(a)).
 
     Args:
-        tokens: (batch, N, channels·p²), the predicted x0.
-        image: (batch, channels, H, W), the clean picture in [-1, 1].
+        tokens: (batch, N, channels·p²), the predicted x0; float64 gives a float64 loss.
+        image: (batch, channels, H, W), the clean picture in [-1, 1], or uint8.
         t: (batch,) float32 in [0, 1], 0 is clean.
     """
-    error = tokens.float() - patchify(image, patch_size).float()
+    error = _wide(tokens) - patchify(scaled(image), patch_size)
     return error.square().mean(dim=(1, 2)) / t.float().clamp(min=t_min).square()
+
+
+def x_prediction_loss_gradient(
+    tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: float, unit: float
+) -> tuple[Tensor, Tensor]:
+    """Per-sample losses, and `error·unit/max(t, t_min)²` in the dtype of tokens: their gradient for unit 2/elements."""
+    error = _wide(tokens) - patchify(scaled(image), patch_size)
+    weight = t.float().clamp(min=t_min).square().reciprocal()
+    gradient = error * (unit * weight)[:, None, None]
+    return error.square().mean(dim=(1, 2)) * weight, gradient.to(tokens.dtype)
+
+
+def scaled(image: Tensor) -> Tensor:
+    """A picture in float32 (float64 for float64), uint8 scaled to [-1, 1]."""
+    return image.float() / 127.5 - 1.0 if image.dtype == torch.uint8 else _wide(image)
 
 
 # --- patch embedding ---------------------------------------------------------------------------------------------
@@ -246,7 +261,7 @@ def noisy_image(
     uint8 pictures are scaled to [-1, 1]. eps is `philox_normal(noise_seed, image.shape, sample_ids=sample_ids)`.
     """
     if image.dtype == torch.uint8:
-        image = image.float() / 127.5 - 1.0
+        image = scaled(image)
     if t is None or noise_seed is None:
         return image
     t = t[:, None, None, None]
