@@ -155,8 +155,8 @@ def image_gradient_kernel(  # type: ignore[no-untyped-def]
     """A tile of grad·weight, times 1-t where noise was added, written to the pixels of a dense picture."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     feature = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    inside, known = token < rows, feature < features
     bottleneck, features = hint(bottleneck, ALIGN), hint(features, ALIGN)
+    inside, known = token < rows, feature < features
     volume, plane, width = hint(volume, PIXELS), hint(plane, PIXELS), hint(width, PIXELS)
     sample, offset, _ = token_places(token, tokens, columns, width, volume, width, 1, P)
     grad_rows = grad_ptr + token.to(tl.int64)[:, None] * bottleneck

@@ -33,22 +33,15 @@ def _tile(rows: int, cols: int, depth: int, warps: int, stages: int) -> Config:
 _ANY = 2**31
 # Keyed on the bottleneck, which the columns of a tile span up to 256. Provisional: not yet tuned on a GPU.
 # Other architectures get at most 99 KB of shared memory, what consumer cards have.
-_PORTABLE = ((32, _tile(64, 32, 32, 4, 3)), (64, _tile(64, 64, 32, 4, 3)), (_ANY, _tile(64, 128, 32, 8, 3)))
-_HOPPER = (
-    (32, _tile(128, 32, 64, 4, 3)),
-    (64, _tile(128, 64, 64, 4, 3)),
-    (128, _tile(128, 128, 64, 8, 3)),
-    (_ANY, _tile(128, 256, 64, 8, 3)),
-)
+_PORTABLE = ((64, _tile(64, 64, 32, 4, 3)), (_ANY, _tile(64, 128, 32, 8, 3)))
+_HOPPER = ((64, _tile(128, 64, 64, 4, 3)), (128, _tile(128, 128, 64, 8, 3)), (_ANY, _tile(128, 256, 64, 8, 3)))
 # Noise needs registers beside the accumulator: half the depth, or it spills.
-_HOPPER_NOISE = (
-    (32, _tile(128, 32, 32, 4, 4)),
-    (64, _tile(128, 64, 32, 8, 4)),
-    (128, _tile(128, 128, 32, 8, 4)),
-    (_ANY, _tile(128, 256, 32, 8, 4)),
-)
-PROJECT: Table = {0: _PORTABLE, 90: _HOPPER, 100: _HOPPER}
-PROJECT_NOISE: Table = {0: _PORTABLE, 90: _HOPPER_NOISE, 100: _HOPPER_NOISE}
+_HOPPER_NOISE = ((64, _tile(128, 64, 32, 8, 4)), (128, _tile(128, 128, 32, 8, 4)), (_ANY, _tile(128, 256, 32, 8, 4)))
+# A patch that four does not divide draws each pixel's noise alone, which takes more of them: half the tokens.
+_HOPPER_SINGLE = ((64, _tile(64, 64, 32, 4, 4)), (128, _tile(64, 128, 32, 4, 4)), (_ANY, _tile(64, 256, 32, 8, 4)))
+PROJECT: Table = {0: _PORTABLE, 90: _HOPPER}
+PROJECT_NOISE: Table = {0: _PORTABLE, 90: _HOPPER_NOISE}
+PROJECT_SINGLE: Table = {0: _PORTABLE, 90: _HOPPER_SINGLE}
 
 
 def _turned(table: Table) -> Table:
@@ -63,10 +56,11 @@ def _turned(table: Table) -> Table:
 
 WEIGHT: Table = _turned(PROJECT)
 WEIGHT_NOISE: Table = _turned(PROJECT_NOISE)
+WEIGHT_SINGLE: Table = _turned(PROJECT_SINGLE)
 # Keyed on nothing: a product with a short sum, whose time is that of writing the picture.
 IMAGE: Table = {0: ((_ANY, _tile(64, 128, 32, 4, 3)),)}
 # Float32 products are IEEE, without matrix units (autocast is there for speed): both operands are in registers.
-FLOAT: Table = {0: ((_ANY, _tile(64, 64, 32, 4, 2)),)}
+FLOAT: Table = {0: ((_ANY, _tile(32, 64, 32, 4, 2)),)}
 SUM_PARTS: Table = {0: ((_ANY, Config((("BLOCK", 1024),), num_warps=4)),)}
 _SMS = 132  # of an H200; for the interpreter
 _MAX_SPLITS = 32
@@ -94,7 +88,8 @@ def project(image: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int,
     rows = out.shape[0] * out.shape[1]
     if out.numel() == 0:
         return out
-    size = _config(PROJECT_NOISE if noise else PROJECT, weight, bottleneck)
+    table = product_table((PROJECT, PROJECT_NOISE, PROJECT_SINGLE), noise is not None, patch_size)
+    size = _config(table, weight, bottleneck)
     row_tiles, col_tiles = _tiles(rows, size, "ROWS"), _tiles(bottleneck, size, "COLS")
     splits, steps = _split(row_tiles * col_tiles, _tiles(features, size, "DEPTH"), image.device)
     parts = out if splits == 1 else _parts(splits, out)
@@ -117,7 +112,8 @@ def weight_gradient(grad: Tensor, image: Tensor, patch_size: int, noise: Noise |
     out = torch.empty((bottleneck, features), dtype=grad.dtype, device=grad.device)
     if rows == 0:
         return out.zero_()
-    size = _config(WEIGHT_NOISE if noise else WEIGHT, grad, bottleneck)
+    table = product_table((WEIGHT, WEIGHT_NOISE, WEIGHT_SINGLE), noise is not None, patch_size)
+    size = _config(table, grad, bottleneck)
     col_tiles, row_tiles = _tiles(features, size, "COLS"), _tiles(bottleneck, size, "ROWS")
     splits, steps = _split(row_tiles * col_tiles, _tiles(rows, size, "DEPTH"), image.device)
     parts = out if splits == 1 else _parts(splits, out)
@@ -183,6 +179,11 @@ def _noise_pointers(noise: Noise | None, absent: Tensor) -> tuple[Tensor, Tensor
 
 def _config(table: Table, operand: Tensor, bottleneck: int) -> Config:
     return tuned(FLOAT if operand.dtype == torch.float32 else table, bottleneck, operand.device)
+
+
+def product_table(tables: tuple[Table, Table, Table], noise: bool, patch_size: int) -> Table:
+    """Of the tables for clean pixels, for noise in fours and for noise one by one, that of this product."""
+    return tables[0] if not noise else tables[1 if patch_size % 4 == 0 else 2]
 
 
 def _tiles(size: int, config: Config, name: str) -> int:
