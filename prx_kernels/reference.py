@@ -36,16 +36,16 @@ def philox_uint32(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
     sample_ids = sample_ids.to(torch.int64)  # narrower integers would lose the upper word of the counter
     blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=sample_ids.device)
     shape = (sample_ids.shape[0], blocks.shape[0])
-    c0 = blocks.expand(shape)
+    # In place, as a CPU draws its noise here, forward and backward.
+    c0 = blocks.repeat(shape[0], 1)
     c1 = torch.zeros_like(c0)
-    c2 = (sample_ids & _MASK32)[:, None].expand(shape)
-    c3 = ((sample_ids >> 32) & _MASK32)[:, None].expand(shape)
+    c2 = (sample_ids & _MASK32)[:, None].repeat(1, shape[1])
+    c3 = ((sample_ids >> 32) & _MASK32)[:, None].repeat(1, shape[1])
     seed = seed.reshape(()).to(device=sample_ids.device, dtype=torch.int64)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(10):
-        hi0, lo0 = _mulhilo(_PHILOX_M[0], c0)
-        hi1, lo1 = _mulhilo(_PHILOX_M[1], c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        hi0, hi1 = _mulhilo_(_PHILOX_M[0], c0), _mulhilo_(_PHILOX_M[1], c2)
+        c0, c1, c2, c3 = hi1.bitwise_xor_(c1).bitwise_xor_(k0), c2, hi0.bitwise_xor_(c3).bitwise_xor_(k1), c0
         k0, k1 = (k0 + _PHILOX_W[0]) & _MASK32, (k1 + _PHILOX_W[1]) & _MASK32
     return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
 
@@ -80,17 +80,19 @@ def philox_normal(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | 
         )
     count = math.prod(shape[1:])
     words = philox_uint32(seed, sample_ids, 2 * ((count + 1) // 2))
-    u = uniform_from_uint32(words).reshape(shape[0], -1, 2)
-    radius = torch.sqrt(-2.0 * torch.log(u[..., 0]))
-    angle = (2.0 * math.pi) * u[..., 1]
+    u0, u1 = (uniform_from_uint32(word) for word in words.unflatten(1, (-1, 2)).unbind(-1))
+    radius = u0.log_().mul_(-2.0).sqrt_()
+    angle = u1.mul_(2.0 * math.pi)
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return pairs.flatten(1)[:, :count].reshape(shape)
 
 
-def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product; int64 wraps, so the shift's sign bits are masked away."""
-    product = a * b
-    return (product >> 32) & _MASK32, product & _MASK32
+def _mulhilo_(a: int, b: Tensor) -> Tensor:
+    """b becomes the low 32 bits of the 64-bit product; gives the high ones. int64 wraps: sign bits are masked away."""
+    b.mul_(a)
+    high = (b >> 32).bitwise_and_(_MASK32)
+    b.bitwise_and_(_MASK32)
+    return high
 
 
 # --- token routing (TREAD, https://arxiv.org/abs/2501.04765) -----------------------------------------------------
