@@ -64,7 +64,7 @@ def patch_embed(
     _check_image(image, patch_size)
     _check_weights(image.shape[1] * patch_size**2, w1, b1, w2, b2, patch_size)
     noise = _checked_noise(image, t, noise_seed, sample_ids)
-    if torch.is_autocast_enabled(image.device.type):
+    if _autocast(image):
         dtype = torch.get_autocast_dtype(image.device.type)
         w1, b1 = w1.to(dtype), b1 if b1 is None else b1.to(dtype)
     row: Tensor = project(image, w1, b1, *noise, patch_size, noise_scale)
@@ -224,6 +224,11 @@ def _check_conv(name: str, conv: nn.Module) -> None:
         raise ValueError(f"{name} must have no groups and no dilation, got {conv.groups} and {conv.dilation}")
 
 
+def _autocast(x: Tensor) -> bool:
+    kind = x.device.type  # the meta device has no autocast, and is_autocast_enabled refuses it
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def _check_image(image: Tensor, patch_size: int) -> None:
     if image.ndim != 4:
         raise ValueError(f"image must be (batch, channels, H, W), got shape {tuple(image.shape)}")
@@ -250,7 +255,7 @@ def _check_weights(
         if bias is not None and weight is not None and tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"{name} must be ({weight.shape[0]},) beside its weight, got {tuple(bias.shape)}")
     dtypes = {x.dtype for x in (w1, b1, w2, b2) if x is not None}
-    if not w1.is_floating_point() or (len(dtypes) > 1 and not torch.is_autocast_enabled(w1.device.type)):
+    if not w1.is_floating_point() or (len(dtypes) > 1 and not _autocast(w1)):
         raise TypeError(f"weights and biases must have one floating dtype, got {', '.join(sorted(map(str, dtypes)))}")
 
 

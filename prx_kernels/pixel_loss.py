@@ -142,9 +142,7 @@ class _XPredictionLoss(torch.autograd.Function):
 def scaled_gradient(gradient: Tensor, factor: Tensor, unit: float) -> Tensor:
     """gradient·factor·unit; in place where nobody can read the saved gradient again."""
     if torch.compiler.is_compiling():
-        gradient = gradient.clone()  # the compiler drops it where nobody else reads it
-        _scale_(gradient, factor, unit)
-        return gradient
+        return _plain_scale(gradient, factor, unit)  # the compiler fuses it with what reads it
     # Whether the backward that runs now keeps its graph for another one. torch says so by a private name only.
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     if keeps_graph is None or keeps_graph():

@@ -80,7 +80,7 @@ def philox_normal(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | 
         )
     count = math.prod(shape[1:])
     words = philox_uint32(seed, sample_ids, 2 * ((count + 1) // 2))
-    u0, u1 = (uniform_from_uint32(word) for word in words.unflatten(1, (-1, 2)).unbind(-1))
+    u0, u1 = (uniform_from_uint32(word) for word in words.view(shape[0], -1, 2).unbind(-1))
     radius = u0.log_().mul_(-2.0).sqrt_()
     angle = u1.mul_(2.0 * math.pi)
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)

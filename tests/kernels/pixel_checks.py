@@ -24,11 +24,11 @@ class Case:
 # Ragged in every dimension: height and width that differ, patches that are no power of two, few and single tokens,
 # features that end inside a tile (588, 243), a bottleneck of several tiles of columns, other channels than three.
 CASES = [
-    Case(8, 2, 16, 24, 16),
+    Case(8, 2, 16, 24, 144),
     Case(14, 1, 28, 42, 48),
-    Case(16, 3, 16, 48, 80),
+    Case(16, 3, 16, 48, 48),
     Case(9, 2, 18, 27, 32),
-    Case(32, 1, 32, 64, 144, channels=1),
+    Case(32, 1, 32, 64, 16, channels=1),
     Case(8, 5, 8, 8, 32, channels=4),
 ]
 
