@@ -1,10 +1,12 @@
-"""Kernels for diffusion transformers: token routing, x-prediction loss, counter-based noise.
+"""Kernels for diffusion transformers: token routing, patch embedding, x-prediction loss, counter-based noise.
 
 Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definition in `prx_kernels.reference`.
 """
 
+from .noise import philox_normal
+from .patch_embed import BottleneckPatchEmbed, patch_embed
 from .pixel_loss import patchify, unpatchify, x_prediction_loss
-from .reference import kept_tokens, philox_normal
+from .reference import kept_tokens
 from .route_blocks import Route, route_blocks
 from .routing_fused import enter_route_modulate, exit_route_gated
 from .token_routing import enter_route, exit_route, gather_tokens, sample_keep, scatter_tokens
@@ -12,6 +14,7 @@ from .token_routing import enter_route, exit_route, gather_tokens, sample_keep, 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BottleneckPatchEmbed",
     "Route",
     "enter_route",
     "enter_route_modulate",
@@ -19,6 +22,7 @@ __all__ = [
     "exit_route_gated",
     "gather_tokens",
     "kept_tokens",
+    "patch_embed",
     "patchify",
     "philox_normal",
     "route_blocks",

@@ -36,16 +36,16 @@ def philox_uint32(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
     sample_ids = sample_ids.to(torch.int64)  # narrower integers would lose the upper word of the counter
     blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=sample_ids.device)
     shape = (sample_ids.shape[0], blocks.shape[0])
-    c0 = blocks.expand(shape)
+    # In place, as a CPU draws its noise here, forward and backward.
+    c0 = blocks.repeat(shape[0], 1)
     c1 = torch.zeros_like(c0)
-    c2 = (sample_ids & _MASK32)[:, None].expand(shape)
-    c3 = ((sample_ids >> 32) & _MASK32)[:, None].expand(shape)
+    c2 = (sample_ids & _MASK32)[:, None].repeat(1, shape[1])
+    c3 = ((sample_ids >> 32) & _MASK32)[:, None].repeat(1, shape[1])
     seed = seed.reshape(()).to(device=sample_ids.device, dtype=torch.int64)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(10):
-        hi0, lo0 = _mulhilo(_PHILOX_M[0], c0)
-        hi1, lo1 = _mulhilo(_PHILOX_M[1], c2)
-        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        hi0, hi1 = _mulhilo_(_PHILOX_M[0], c0), _mulhilo_(_PHILOX_M[1], c2)
+        c0, c1, c2, c3 = hi1.bitwise_xor_(c1).bitwise_xor_(k0), c2, hi0.bitwise_xor_(c3).bitwise_xor_(k1), c0
         k0, k1 = (k0 + _PHILOX_W[0]) & _MASK32, (k1 + _PHILOX_W[1]) & _MASK32
     return torch.stack((c0, c1, c2, c3), dim=-1).flatten(1)[:, :count]
 
@@ -80,17 +80,19 @@ def philox_normal(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | 
         )
     count = math.prod(shape[1:])
     words = philox_uint32(seed, sample_ids, 2 * ((count + 1) // 2))
-    u = uniform_from_uint32(words).reshape(shape[0], -1, 2)
-    radius = torch.sqrt(-2.0 * torch.log(u[..., 0]))
-    angle = (2.0 * math.pi) * u[..., 1]
+    u0, u1 = (uniform_from_uint32(word) for word in words.view(shape[0], -1, 2).unbind(-1))
+    radius = u0.log_().mul_(-2.0).sqrt_()
+    angle = u1.mul_(2.0 * math.pi)
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
     return pairs.flatten(1)[:, :count].reshape(shape)
 
 
-def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product; int64 wraps, so the shift's sign bits are masked away."""
-    product = a * b
-    return (product >> 32) & _MASK32, product & _MASK32
+def _mulhilo_(a: int, b: Tensor) -> Tensor:
+    """b becomes the low 32 bits of the 64-bit product; gives the high ones. int64 wraps: sign bits are masked away."""
+    b.mul_(a)
+    high = (b >> 32).bitwise_and_(_MASK32)
+    b.bitwise_and_(_MASK32)
+    return high
 
 
 # --- token routing (TREAD, https://arxiv.org/abs/2501.04765) -----------------------------------------------------
@@ -227,9 +229,78 @@ def x_prediction_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int,
     https://arxiv.org/abs/2511.13720, table 1 (3)(a)).
 
     Args:
-        tokens: (batch, N, channels·p²), the predicted x0.
-        image: (batch, channels, H, W), the clean picture in [-1, 1].
+        tokens: (batch, N, channels·p²), the predicted x0; float64 gives a float64 loss.
+        image: (batch, channels, H, W), the clean picture in [-1, 1], or uint8.
         t: (batch,) float32 in [0, 1], 0 is clean.
     """
-    error = tokens.float() - patchify(image, patch_size).float()
+    error = _wide(tokens) - patchify(scaled(image), patch_size)
     return error.square().mean(dim=(1, 2)) / t.float().clamp(min=t_min).square()
+
+
+def x_prediction_loss_gradient(
+    tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: float, unit: float
+) -> tuple[Tensor, Tensor]:
+    """Per-sample losses, and `error·unit/max(t, t_min)²` in the dtype of tokens: their gradient for unit 2/elements."""
+    error = _wide(tokens) - patchify(scaled(image), patch_size)
+    weight = t.float().clamp(min=t_min).square().reciprocal()
+    gradient = error * (unit * weight)[:, None, None]
+    return error.square().mean(dim=(1, 2)) * weight, gradient.to(tokens.dtype)
+
+
+def scaled(image: Tensor) -> Tensor:
+    """A picture in float32 (float64 for float64), uint8 scaled to [-1, 1]."""
+    return image.float() / 127.5 - 1.0 if image.dtype == torch.uint8 else _wide(image)
+
+
+# --- patch embedding ---------------------------------------------------------------------------------------------
+
+
+def noisy_image(
+    image: Tensor, t: Tensor | None, noise_seed: Tensor | None, sample_ids: Tensor | None, noise_scale: float
+) -> Tensor:
+    """`(1-t)·x0 + t·noise_scale·eps` in float32 (float64 for float64); the picture as it is where t is None.
+
+    uint8 pictures are scaled to [-1, 1]. eps is `philox_normal(noise_seed, image.shape, sample_ids=sample_ids)`.
+    """
+    if image.dtype == torch.uint8:
+        image = scaled(image)
+    if t is None or noise_seed is None:
+        return image
+    t = t[:, None, None, None]
+    eps = philox_normal(noise_seed, tuple(image.shape), sample_ids=sample_ids)
+    return (1 - t) * _wide(image) + t * (noise_scale * eps)
+
+
+def patch_project(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    t: Tensor | None,
+    noise_seed: Tensor | None,
+    sample_ids: Tensor | None,
+    patch_size: int,
+    noise_scale: float,
+) -> Tensor:
+    """`F.linear(patchify(x_t), weight, bias)`: (batch, N, bottleneck), dtype of weight."""
+    pixels = patchify(noisy_image(image, t, noise_seed, sample_ids, noise_scale), patch_size)
+    return F.linear(pixels.to(weight.dtype), weight, bias)
+
+
+def patch_weight_gradient(
+    grad: Tensor,
+    image: Tensor,
+    t: Tensor | None,
+    noise_seed: Tensor | None,
+    sample_ids: Tensor | None,
+    patch_size: int,
+    noise_scale: float,
+) -> Tensor:
+    """Gradient of `patch_project` by weight: (bottleneck, channels·p²), dtype of grad."""
+    pixels = patchify(noisy_image(image, t, noise_seed, sample_ids, noise_scale), patch_size)
+    return grad.flatten(0, 1).T @ pixels.to(grad.dtype).flatten(0, 1)
+
+
+def patch_image_gradient(grad: Tensor, weight: Tensor, t: Tensor | None, image: Tensor, patch_size: int) -> Tensor:
+    """Gradient of `patch_project` by image, in its shape and dtype."""
+    pixels = _wide(unpatchify(grad @ weight, patch_size, image.shape[2], image.shape[3]))
+    return (pixels if t is None else (1 - t[:, None, None, None]) * pixels).to(image.dtype).contiguous()

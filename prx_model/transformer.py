@@ -3,12 +3,12 @@
 Names of parameters are those of diffusers' `PRXTransformer2DModel`, so weights load strictly both ways.
 """
 
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from prx_kernels import enter_route, exit_route, gather_tokens, patchify, unpatchify
+from prx_kernels import enter_route, exit_route, gather_tokens, patch_embed, unpatchify
 
 from .attention import Backend, check_backend
 from .config import PRXConfig
@@ -80,12 +80,14 @@ class PRXTransformer(nn.Module):
     def forward_tokens(
         self, image: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, *,
         keep: Tensor | None = None, route: tuple[int, int] | None = None, feature_layer: None = None,
+        noise_seed: Tensor | None = None, sample_ids: Tensor | None = None, noise_scale: float = 1.0,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward_tokens(
         self, image: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, *,
         keep: Tensor | None = None, route: tuple[int, int] | None = None, feature_layer: int,
+        noise_seed: Tensor | None = None, sample_ids: Tensor | None = None, noise_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def forward_tokens(
@@ -98,6 +100,9 @@ class PRXTransformer(nn.Module):
         keep: Tensor | None = None,
         route: tuple[int, int] | None = None,
         feature_layer: int | None = None,
+        noise_seed: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        noise_scale: float = 1.0,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Predict the clean picture as patches, as the loss wants it; arguments as `forward`, and:
 
@@ -107,14 +112,19 @@ class PRXTransformer(nn.Module):
             route: first and last routed block, 0-based, both included; needed with `keep`.
             feature_layer: also return the tokens behind this block (0-based; REPA). Within the route these are the
                 kept tokens only, the last routed block included: features are taken before the route is left.
+            noise_seed: int64 tensor with one element: image is the clean picture then, and the noise of
+                `prx_kernels.philox_normal` at level t is added while it is read; x_t is never stored. Such a picture
+                may be uint8 too.
+            sample_ids: (batch,) int64 ids of the noise; 0 … batch-1 unless given.
+            noise_scale: standard deviation of that noise.
 
         Returns:
             (batch, N, channels·patch²); with `feature_layer` also the features (batch, N or K, hidden).
         """
         rows, columns = self._check(image, t, text, text_mask, keep, route, feature_layer)
-        dtype = self.txt_in.weight.dtype
-        x: Tensor = self.img_in(patchify(image, self.config.patch_size).to(dtype))
-        text = self.txt_in(text.to(dtype))
+        level = None if noise_seed is None else t.expand(image.shape[0])
+        x = self._embed(image, t=level, noise_seed=noise_seed, sample_ids=sample_ids, noise_scale=noise_scale)
+        text = self.txt_in(text.to(self.txt_in.weight.dtype))
         temb = self.time_in(t)
         rotary = rotary_table(rows, columns, self.config.axes_dim, self.config.theta, image.device)
         start, end = route if route is not None and keep is not None else (-1, -1)
@@ -130,6 +140,12 @@ class PRXTransformer(nn.Module):
                 x, rotary = exit_route(x, bypass, keep), dense_rotary
         tokens: Tensor = self.final_layer(x, temb)
         return tokens if feature_layer is None else (tokens, features)
+
+    def _embed(self, image: Tensor, **noise: Any) -> Tensor:
+        """The layers of `img_in` on patches of the picture, which are never unfolded (`prx_kernels.patch_embed`)."""
+        layers: list[Any] = [self.img_in] if isinstance(self.img_in, nn.Linear) else list(self.img_in.children())
+        w2, b2 = (layers[1].weight, layers[1].bias) if len(layers) > 1 else (None, None)
+        return patch_embed(image, layers[0].weight, layers[0].bias, w2, b2, self.config.patch_size, **noise)
 
     def _check(
         self,

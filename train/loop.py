@@ -18,7 +18,7 @@ from prx_model import flow
 from prx_model.ema import EMA
 from train import checkpoint, evaluate
 from train.build import Modules, build, check_ingredients
-from train.data.loader import Batch, batches, fingerprint, open_dataset, open_validation, to_float
+from train.data.loader import Batch, batches, fingerprint, open_dataset, open_validation
 from train.errors import UserError
 from train.metrics import Display, Metrics, drop_metrics_after
 from train.optimizers import Optimizers, clip_gradients, learning_rate_factor, named_parameters
@@ -125,7 +125,7 @@ class Trainer:
         """Flow-matching loss of a batch (RECIPE.md, "Objective")."""
         recipe, settings, model = self.recipe, self.recipe.flow, self.modules.model
         ids = batch.positions
-        image = to_float(batch.image)
+        image = batch.image  # uint8: scaled, and noised for the model, where it is read
         t = flow.sample_t(
             self._seed("t"),
             ids,
@@ -133,15 +133,16 @@ class Trainer:
             uniform_fraction=settings.uniform_fraction,
             t_floor=settings.t_floor,
         )
-        noise = flow.draw_noise(self._seed("noise"), ids, image)
-        noisy = flow.add_noise(image, noise, t, noise_scale=settings.noise_scale)
         text, mask = self.modules.encode(self._captions(batch))
         keep, route = None, None
         if recipe.routing.enabled:
             tokens = recipe.model.tokens(*image.shape[2:])
             keep = sample_keep(ids, tokens, recipe.routing.selection_ratio, seed=self._seed("keep"))
             route = (recipe.routing.start, recipe.routing.end)
-        predicted = model.forward_tokens(noisy, t, text, mask, keep=keep, route=route)
+        predicted = model.forward_tokens(
+            image, t, text, mask, keep=keep, route=route,
+            noise_seed=self._seed("noise"), sample_ids=ids, noise_scale=settings.noise_scale,
+        )  # fmt: skip
         return x_prediction_loss(predicted, image, t, recipe.model.patch_size, t_min=settings.t_min)
 
     def _captions(self, batch: Batch) -> list[str]:
