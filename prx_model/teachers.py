@@ -65,7 +65,8 @@ class Teacher(nn.Module):
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         # Not a submodule: state_dict() and parameters() of a teacher are what is trained with it, a projector at most.
-        self._frozen = [network.to(dtype).eval().requires_grad_(False)]
+        self._frozen: list[Any] = [network.to(dtype).eval().requires_grad_(False)]
+        self._frozen.append(getattr(network, "forward_features", network))
         self.dtype = dtype
 
     @property
@@ -79,8 +80,13 @@ class Teacher(nn.Module):
         return self.to(device)
 
     def compile_network(self) -> None:
-        """Compile the frozen network in place."""
-        self.network.compile()
+        """Compile what is run of the frozen network."""
+        self._frozen[1] = torch.compile(self._frozen[1])
+
+    def patch_tokens(self, image: Tensor) -> Tensor:
+        """Normalised patch tokens of a timm vision transformer, without class and registers: (batch, N, width)."""
+        tokens: Tensor = self._frozen[1](image)
+        return tokens[:, self.network.num_prefix_tokens :]
 
     @abstractmethod
     def forward(self, prediction: Prediction) -> Tensor:
@@ -147,7 +153,7 @@ class REPA(Teacher):
     def _target(self, prediction: Prediction) -> Tensor:
         factor = self.network.patch_embed.patch_size[0] / prediction.patch_size
         resized = F.interpolate(prediction.image.to(self.dtype), scale_factor=factor)
-        return patch_tokens(self.network, imagenet((resized + 1) / 2))
+        return self.patch_tokens(imagenet((resized + 1) / 2))
 
     def flop(self, height: int, width: int, patch_size: int = 32) -> float:
         factor = self.network.patch_embed.patch_size[0] / patch_size
@@ -171,7 +177,7 @@ class LPIPSLoss(Teacher):
     def forward(self, prediction: Prediction) -> Tensor:
         target = prediction.once("half size", lambda: F.avg_pool2d(prediction.image, 2)).to(self.dtype)
         predicted = F.avg_pool2d(prediction.x0_hat, 2).to(self.dtype)
-        distance: Tensor = self.network(predicted, target)
+        distance: Tensor = self._frozen[1](predicted, target)
         return _wide(distance.flatten(1)).mean(dim=1)
 
     def flop(self, height: int, width: int) -> float:
@@ -218,7 +224,7 @@ class PerceptualDINO(Teacher):
     def _features(self, image: Tensor) -> Tensor:
         normalised = imagenet(((image + 1) / 2).clamp(0, 1))
         resized = F.interpolate(normalised, size=(self.size, self.size), mode="bilinear", antialias=False)
-        return patch_tokens(self.network, resized.to(self.dtype))
+        return self.patch_tokens(resized.to(self.dtype))
 
     def flop(self, height: int, width: int) -> float:
         forward = self.network.forward_features
@@ -230,12 +236,6 @@ def imagenet(image: Tensor) -> Tensor:
     """Normalise pictures (batch, 3, H, W) in [0, 1] by ImageNet's mean and deviation; dtype kept."""
     mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (image - mean) / std
-
-
-def patch_tokens(network: Any, image: Tensor) -> Tensor:
-    """Normalised patch tokens of a timm vision transformer, without class and register tokens: (batch, N, width)."""
-    tokens: Tensor = network.forward_features(image)
-    return tokens[:, network.num_prefix_tokens :]
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -78,24 +78,13 @@ def check(recipe: Recipe) -> None:
             f"train.warmup and train.cooldown must not be negative and train.clip must be positive, "
             f"got {train.warmup}, {train.cooldown} and {train.clip}"
         )
+    if recipe.repa.enabled and not 0 <= recipe.repa.layer < model.depth:
+        raise UserError(f"repa.layer {recipe.repa.layer} must be a block of the model, 0 to {model.depth - 1}")
+    if recipe.repa.enabled and recipe.repa.projector_layers < 1:
+        raise UserError(f"repa.projector_layers must be at least 1, got {recipe.repa.projector_layers}")
     if recipe.text.kind == "bytes" and model.context_in_dim % recipe.text.num_heads:
         raise UserError(
             f"text.num_heads {recipe.text.num_heads} must divide model.context_in_dim {model.context_in_dim}"
-        )
-
-
-def check_ingredients(recipe: Recipe) -> None:
-    """Refuse ingredients of the recipe that this version cannot train with.
-
-    Raises:
-        UserError: naming them and the flags that switch them off.
-    """
-    missing = [name for name in ("repa", "lpips", "pdino") if getattr(recipe, name).enabled]
-    if missing:
-        flags = " ".join(f"--{name}.no-enabled" for name in missing)
-        raise UserError(
-            f"this version has no teachers yet, and {recipe.preset} asks for {', '.join(missing)}; "
-            f"train without them by {flags}, or look at the plan with --dry-run"
         )
 
 

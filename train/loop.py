@@ -4,30 +4,33 @@ A step's random numbers come from (seed, stage, step, sample position, purpose):
 """
 
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from prx_kernels import sample_keep, x_prediction_loss
 from prx_model import flow
 from prx_model.ema import EMA
 from train import checkpoint, evaluate
-from train.build import Modules, build, check_ingredients
+from train.build import Modules, build
 from train.data.loader import Batch, batches, fingerprint, open_dataset, open_validation
 from train.errors import UserError
+from train.meter import Meter
 from train.metrics import Display, Metrics, drop_metrics_after
 from train.optimizers import Optimizers, clip_gradients, learning_rate_factor, named_parameters
-from train.parallel import World, any_rank, average_gradients, compile_blocks, precision
+from train.parallel import World, any_rank, average_gradients, compile_blocks, compile_teachers, precision
 from train.pictures import save_grid
-from train.plan import flop_per_image, peak_flops
 from train.randomness import derive_seed
 from train.recipes import Recipe
 from train.run_folder import CONFIG, SAMPLES, check_same_run, run_folder, write_config
+from train.stages import carry_over
+from train.stopwatch import Stopwatch
+from train.teaching import TeacherLosses, build_teachers
 
 _LOG_EVERY = 10
 """Steps between two readings of the loss: the host waits for the device only then."""
@@ -46,14 +49,13 @@ class Outcome:
 
 
 class Trainer:
-    """One stage of a run, in one process of possibly many.
+    """One stage of a run, in one process of possibly many; `previous` is the folder of the stage before it.
 
     Raises:
         UserError: settings, data or a run's folder that do not fit; nothing is overwritten then.
     """
 
-    def __init__(self, recipe: Recipe, world: World, *, stage: int = 0) -> None:
-        check_ingredients(recipe)
+    def __init__(self, recipe: Recipe, world: World, *, stage: int = 0, previous: Path | None = None) -> None:
         self.recipe, self.world, self.stage = recipe, world, stage
         self.folder = run_folder(recipe)
         if recipe.train.batch % world.size:
@@ -64,11 +66,22 @@ class Trainer:
         self.dataset = open_dataset(recipe.data, recipe.train.seed)
         self.validation = open_validation(recipe.data)
         self.modules: Modules = build(recipe, world.device)
-        self.parameters = named_parameters(self.modules.trained())
+        teachers = build_teachers(recipe, world.device)
+        self.teaching = TeacherLosses(recipe, teachers)
+        self.stopwatch = Stopwatch(world.device)
+        # A projector is trained beside the model, and is no part of what is averaged or drawn with.
+        projectors = {name: teacher for name, teacher in teachers.items() if list(teacher.parameters())}
+        self.trained: dict[str, nn.Module] = {**self.modules.trained(), **projectors}
+        self.parameters = named_parameters(self.trained)
         self.optimizers = Optimizers(self.parameters, recipe)
-        self.ema = EMA(self.parameters, decay=recipe.ema.decay, every=recipe.ema.every)
+        averaged = named_parameters(self.modules.trained())
+        self.ema = EMA(averaged, decay=recipe.ema.decay, every=recipe.ema.every)
+        self.first_position = 0
         self.step = 0 if fresh else self._resume()
+        if self.step == 0 and previous is not None:
+            self.first_position = carry_over(previous, self.trained, self.ema, self.optimizers)
         compile_blocks(self.modules.model.blocks, recipe.compile, world.device)
+        compile_teachers(teachers.values(), recipe.compile, world.device)
         self._stop = False
 
     def run(self) -> Outcome:
@@ -83,13 +96,16 @@ class Trainer:
         grid: Path | None = None
         try:
             with Display(settings.steps, self.step, enabled=self.world.is_main) as display:
-                meter = _Meter(recipe, self.world)
-                for batch in batches(self.dataset, recipe, self.world, self.step):
-                    loss, norm = self._train_step(batch)
+                meter = Meter(recipe, self.world)
+                if self.teaching.teachers and self.world.is_main:
+                    flop = self.teaching.flop_per_image()
+                    metrics.log(self.step, {f"flop/{name}_per_image": count for name, count in flop.items()})
+                for batch in batches(self.dataset, recipe, self.world, self.step, self.first_position):
+                    parts, norm = self._train_step(batch)
                     self.step += 1
-                    meter.add(loss, norm)
+                    meter.add(parts, norm)
                     if self.step % _LOG_EVERY == 0 or self.step == settings.steps:
-                        values = meter.read()
+                        values = meter.read() | self.stopwatch.read(_LOG_EVERY)
                         metrics.log(self.step, values | {"train/lr_factor": self._factor(self.step - 1)})
                         display.update(self.step, meter.shown(values))
                     stopping = any_rank(self._stop, self.world)
@@ -108,52 +124,65 @@ class Trainer:
                 signal.signal(number, handler)
         return Outcome(self.folder, self.step, self.step >= settings.steps, scores, grid)
 
-    def _train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One optimizer step; gives the loss and the gradient's norm as tensors on the device."""
+    def _train_step(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimizer step; gives the loss with its parts, and the gradient's norm, as tensors on the device."""
         factor = self._factor(self.step)
         with precision(self.recipe.train, self.world.device):
-            loss = self._loss(batch)
-        loss.backward()
+            loss, parts = self._loss(batch)
+        with self.stopwatch.span("backward"):
+            loss.backward()
         trained = [parameter for _, parameter in self.parameters]
         average_gradients(trained, self.world)
-        norm = clip_gradients(trained, self.recipe.train.clip)
-        self.optimizers.step(factor)
-        self.ema.update(self.step)
-        return loss.detach(), norm
+        with self.stopwatch.span("optimizer"):
+            norm = clip_gradients(trained, self.recipe.train.clip)
+            self.optimizers.step(factor)
+            self.ema.update(self.step)
+        return {"loss": loss.detach(), **parts}, norm
 
-    def _loss(self, batch: Batch) -> Tensor:
-        """Flow-matching loss of a batch (RECIPE.md, "Objective")."""
-        recipe, settings, model = self.recipe, self.recipe.flow, self.modules.model
-        ids = batch.positions
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Flow-matching loss of a batch (RECIPE.md, "Objective") and what teachers add; the sum, and its parts."""
+        recipe, settings, ids = self.recipe, self.recipe.flow, batch.positions
         image = batch.image  # uint8: scaled, and noised for the model, where it is read
-        t = flow.sample_t(
-            self._seed("t"),
-            ids,
-            shift=settings.shift,
-            uniform_fraction=settings.uniform_fraction,
-            t_floor=settings.t_floor,
-        )
-        text, mask = self.modules.encode(self._captions(batch))
+        t = self._sample_t(ids, self._seed("t"))
+        with self.stopwatch.span("text"):
+            text, mask = self.modules.encode(self._captions(batch))
         keep, route = None, None
         if recipe.routing.enabled:
             tokens = recipe.model.tokens(*image.shape[2:])
             keep = sample_keep(ids, tokens, recipe.routing.selection_ratio, seed=self._seed("keep"))
             route = (recipe.routing.start, recipe.routing.end)
-        predicted = model.forward_tokens(
-            image, t, text, mask, keep=keep, route=route,
-            noise_seed=self._seed("noise"), sample_ids=ids, noise_scale=settings.noise_scale,
-        )  # fmt: skip
-        return x_prediction_loss(predicted, image, t, recipe.model.patch_size, t_min=settings.t_min)
+        layer = recipe.repa.layer if "repa" in self.teaching.teachers else None
+        with self.stopwatch.span("denoiser"):
+            out: Any = self.modules.model.forward_tokens(
+                image, t, text, mask, keep=keep, route=route, feature_layer=cast(Any, layer),
+                noise_seed=self._seed("noise"), sample_ids=ids, noise_scale=settings.noise_scale,
+            )  # fmt: skip
+            predicted, features = (out, None) if layer is None else out
+            loss = x_prediction_loss(predicted, image, t, recipe.model.patch_size, t_min=settings.t_min)
+        if not self.teaching.teachers:
+            return loss, {}
+        inside = route is not None and layer is not None and route[0] <= layer <= route[1]
+        host_t = self._sample_t(batch.host_positions, self._host_seed("t")) if self.teaching.needs_host_t else None
+        added, parts = self.teaching(batch, predicted, features, keep if inside else None, host_t, self.stopwatch)
+        return loss + added, {"loss/flow": loss.detach(), **{f"loss/{name}": part for name, part in parts.items()}}
+
+    def _sample_t(self, ids: Tensor, seed: Tensor) -> Tensor:
+        settings = self.recipe.flow
+        return flow.sample_t(
+            seed, ids, shift=settings.shift, uniform_fraction=settings.uniform_fraction, t_floor=settings.t_floor
+        )
 
     def _captions(self, batch: Batch) -> list[str]:
         """Captions with some dropped; drawn on the host, where the captions are."""
-        seed = torch.tensor(derive_seed(self.recipe.train.seed, stage=self.stage, step=self.step, purpose="drop"))
-        dropped = flow.drop_captions(seed, batch.host_positions, self.recipe.flow.caption_drop)
+        dropped = flow.drop_captions(self._host_seed("drop"), batch.host_positions, self.recipe.flow.caption_drop)
         return ["" if drop else text for drop, text in zip(dropped.tolist(), batch.captions, strict=True)]
 
-    def _seed(self, purpose: str) -> Tensor:
+    def _host_seed(self, purpose: str) -> Tensor:
         value = derive_seed(self.recipe.train.seed, stage=self.stage, step=self.step, purpose=purpose)
-        return torch.tensor(value, dtype=torch.int64).to(self.world.device, non_blocking=True)
+        return torch.tensor(value, dtype=torch.int64)
+
+    def _seed(self, purpose: str) -> Tensor:
+        return self._host_seed(purpose).to(self.world.device, non_blocking=True)
 
     def _factor(self, step: int) -> float:
         return learning_rate_factor(step, self.recipe.train)
@@ -181,9 +210,14 @@ class Trainer:
     def _save(self) -> None:
         """Save on rank 0 (all ranks hold the same); the others wait, so that none runs ahead of a stop."""
         if self.world.is_main:
-            tensors = {name: module.state_dict() for name, module in self.modules.trained().items()}
+            tensors = {name: module.state_dict() for name, module in self.trained.items()}
             tensors |= {"ema": self.ema.state_dict(), "optimizer": self.optimizers.state_dict()}
-            state = {"fingerprint": fingerprint(self.dataset), "stage": self.stage}
+            state = {
+                "fingerprint": fingerprint(self.dataset),
+                "stage": self.stage,
+                "first_position": self.first_position,
+                "position": self.first_position + self.step * self.recipe.train.batch,
+            }
             checkpoint.save(self.folder, self.step, tensors, state, keep=self.recipe.checkpoint.keep)
         if self.world.size > 1:
             dist.barrier()
@@ -205,10 +239,11 @@ class Trainer:
                 f"{self.folder} has already done {saved.step} steps, more than train.steps {self.recipe.train.steps}; "
                 "start a new run with --output.name"
             )
-        for name, module in self.modules.trained().items():
+        for name, module in self.trained.items():
             module.load_state_dict(saved.tensors[name])
         self.ema.load_state_dict(saved.tensors["ema"])
         self.optimizers.load_state_dict(saved.tensors["optimizer"])
+        self.first_position = int(saved.state["first_position"])
         if self.world.is_main:
             print(f"going on with {self.folder} at step {saved.step}", flush=True)
         return saved.step
@@ -218,42 +253,3 @@ class Trainer:
         if self._stop and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._stop = True
-
-
-class _Meter:
-    """Loss and speed since the last reading, kept on the device until then."""
-
-    def __init__(self, recipe: Recipe, world: World) -> None:
-        self.batch, self.device, self.world_size = recipe.train.batch, world.device, world.size
-        tokens_flop = 3.0 * flop_per_image(recipe)
-        peak = peak_flops(world.device)
-        self.mfu_per_rate = tokens_flop / (peak * world.size) if peak else None
-        self.restart()
-
-    def restart(self) -> None:
-        self.loss = torch.zeros((), device=self.device)
-        self.norm = torch.zeros((), device=self.device)
-        self.steps, self.began = 0, time.monotonic()
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self.loss += loss
-        self.norm += norm
-        self.steps += 1
-
-    def read(self) -> dict[str, float]:
-        means = torch.stack((self.loss, self.norm)) / (max(self.steps, 1) * self.world_size)
-        if self.world_size > 1:
-            dist.all_reduce(means)  # each rank has seen its own part of the batch
-        loss, norm = means.tolist()
-        rate = self.batch * self.steps / (time.monotonic() - self.began)
-        values = {"train/loss": loss, "train/gradient_norm": norm, "speed/images_per_second": rate}
-        if self.mfu_per_rate:
-            values["speed/mfu"] = rate * self.mfu_per_rate
-        self.restart()
-        return values
-
-    @staticmethod
-    def shown(values: dict[str, float]) -> dict[str, float]:
-        """What the console shows, by its short names."""
-        names = {"train/loss": "loss", "speed/images_per_second": "images/s", "speed/mfu": "MFU"}
-        return {short: values[name] for name, short in names.items() if name in values}

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from prx_model.teachers import Teacher
 from train.errors import UserError
 from train.recipes import Compile, Train
 
@@ -75,6 +76,13 @@ def compile_blocks(modules: Iterable[nn.Module], settings: Compile, device: torc
     if settings.enabled == "yes" or (settings.enabled == "auto" and device.type == "cuda"):
         for block in modules:
             block.compile(fullgraph=True)
+
+
+def compile_teachers(teachers: Iterable[Teacher], settings: Compile, device: torch.device) -> None:
+    """Compile the frozen networks in place, where blocks are compiled."""
+    if settings.enabled == "yes" or (settings.enabled == "auto" and device.type == "cuda"):
+        for teacher in teachers:
+            teacher.compile_network()
 
 
 def average_gradients(parameters: Iterable[Tensor], world: World) -> None:

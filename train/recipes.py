@@ -71,6 +71,8 @@ class REPA:
     """0-based block behind which features are taken."""
     teacher: str = "vit_large_patch16_dinov3"
     """timm's name of DINOv3 ViT-L/16."""
+    weights: str = ""
+    """A file or folder with the network's weights; timm's hub unless given; "random" for none."""
     projector_layers: int = 3
 
 
@@ -80,8 +82,12 @@ class LPIPS:
 
     enabled: bool = False
     weight: float = 0.1
-    network: str = "vgg"
-    scale: float = 0.5
+    network: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Trunk; pictures go through it at half size."""
+    weights: str = ""
+    """A file with the weights of torchvision's trunk; the hub's unless given; "random" for none."""
+    t_max: float = 1.0
+    """Only samples with t below this go through it; 1 is all."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,10 @@ class PDINO:
     weight: float = 0.01
     teacher: str = "vit_base_patch14_reg4_dinov2"
     """timm's name of DINOv2 ViT-B/14 with registers."""
+    weights: str = ""
+    """A file or folder with the network's weights; timm's hub unless given; "random" for none."""
+    t_max: float = 1.0
+    """Only samples with t below this go through it; 1 is all."""
     size: int = 224
     """Pixels a side of the teacher's input."""
 
@@ -324,7 +334,12 @@ def prx_1024() -> Recipe:
 
 def prx_24h() -> TwoStages:
     """The whole run of PRX Part 3: prx-512, then prx-1024."""
-    return TwoStages(preset="prx-24h", stage1=prx_512(), stage2=prx_1024())
+    first, second = prx_512(), prx_1024()
+    return TwoStages(
+        preset="prx-24h",
+        stage1=replace(first, output=replace(first.output, name="prx-24h/stage-1")),
+        stage2=replace(second, output=replace(second.output, name="prx-24h/stage-2")),
+    )
 
 
 PRESETS: dict[str, Callable[[], Recipe | TwoStages]] = {

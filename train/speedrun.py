@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from train.commandline import parse  # noqa: E402
-from train.errors import UserError, exit_with_sentence  # noqa: E402
+from train.errors import exit_with_sentence  # noqa: E402
 
 
 def main() -> int:
@@ -27,19 +27,23 @@ def main() -> int:
 
         print_plan(recipe, command.dry_run)
         return 0
-    if isinstance(recipe, TwoStages):
-        from train.build import check_ingredients
-
-        check_ingredients(recipe.stage1)
-        raise UserError("this version trains one stage at a time: run prx-512; --dry-run shows the plan of both")
-
     from train import parallel
     from train.loop import Trainer
     from train.recipes import for_device
+    from train.run_folder import run_folder
+    from train.stages import finished
 
-    world = parallel.start(recipe.train)
+    stages = [recipe.stage1, recipe.stage2] if isinstance(recipe, TwoStages) else [recipe]
+    world = parallel.start(stages[0].train)
     try:
-        outcome = Trainer(for_device(recipe, world.device.type), world).run()
+        stages = [for_device(stage, world.device.type) for stage in stages]
+        for number, stage in enumerate(stages):
+            if number + 1 < len(stages) and finished(stage):
+                continue
+            previous = run_folder(stages[number - 1]) if number else None
+            outcome = Trainer(stage, world, stage=number, previous=previous).run()
+            if not outcome.finished:
+                break
     finally:
         parallel.finish()
     if world.is_main:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prx_kernels import gather_tokens, sample_keep
 from prx_model import PRXConfig, PRXTransformer
-from prx_model.teachers import REPA, LPIPSLoss, PerceptualDINO, Prediction, Teacher, imagenet, patch_tokens
+from prx_model.teachers import REPA, LPIPSLoss, PerceptualDINO, Prediction, Teacher, imagenet
 
 SMALL_DINOV3, SMALL_DINOV2 = "vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2"
 BATCH, SIZE, PATCH, HIDDEN = 2, 64, 32, 48
@@ -74,7 +74,7 @@ def test_repa_on_kept_tokens_is_dense_repa_restricted_to_them() -> None:
     assert seen.features is not None
     keep = sample_keep(torch.arange(BATCH), 12, 0.5, seed=torch.tensor(4))
     routed = Prediction(seen.image, seen.x0_hat, gather_tokens(seen.features, keep), keep, PATCH)
-    tokens = patch_tokens(repa.network, imagenet((F.interpolate(seen.image, scale_factor=0.5) + 1) / 2))
+    tokens = repa.patch_tokens(imagenet((F.interpolate(seen.image, scale_factor=0.5) + 1) / 2))
     dense = F.cosine_similarity(repa.projector(seen.features), tokens, dim=-1)
     torch.testing.assert_close(repa(routed), -dense.gather(1, keep.long()).mean(1), rtol=1e-5, atol=1e-6)
 

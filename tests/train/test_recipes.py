@@ -40,7 +40,6 @@ STAGE_1 = {
     "lpips.enabled": True,
     "lpips.weight": 0.1,
     "lpips.network": "vgg",
-    "lpips.scale": 0.5,
     "pdino.enabled": True,
     "pdino.weight": 0.01,
     "pdino.teacher": "vit_base_patch14_reg4_dinov2",

@@ -75,8 +75,10 @@ def fingerprint(dataset: Dataset) -> str:
     return dataset.index.fingerprint if isinstance(dataset, ImageDataset) else type(dataset).__name__
 
 
-def batches(dataset: Dataset, recipe: Recipe, world: World, start_step: int) -> Iterator[Batch]:
-    """This rank's batches from `start_step` to the end of training, on its device.
+def batches(
+    dataset: Dataset, recipe: Recipe, world: World, start_step: int, first_position: int = 0
+) -> Iterator[Batch]:
+    """This rank's batches from `start_step` to the end of training, on its device; see `PositionSampler`.
 
     Raises:
         UserError: a picture or caption that cannot be read, by file and row.
@@ -87,6 +89,7 @@ def batches(dataset: Dataset, recipe: Recipe, world: World, start_step: int) -> 
         start_step=start_step,
         rank=world.rank,
         world=world.size,
+        first_position=first_position,
     )
     workers = recipe.data.workers
     loader: DataLoader[Any] = DataLoader(

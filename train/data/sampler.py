@@ -35,24 +35,36 @@ class PositionSampler:
 
     Step s covers the global positions s · global_batch … (s + 1) · global_batch - 1, of which rank r of `world` takes
     the r-th contiguous slice: the samples of a step, in order, are the same at any world size. `steps` is where the run
-    ends, counted from its beginning; `start_step` is where it goes on after a resume, and is the whole state.
+    ends, counted from its beginning; `start_step` is where it goes on after a resume, and is the whole state. A second
+    stage goes on in the data behind the first: its positions begin at `first_position`.
 
     Yields lists of global_batch / world ints, (steps - start_step) of them. Raises UserError where `global_batch` is
     not a positive multiple of `world`, ValueError where rank, start_step or steps are out of range.
     """
 
-    def __init__(self, *, global_batch: int, steps: int, start_step: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        global_batch: int,
+        steps: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        first_position: int = 0,
+    ) -> None:
         if not 0 <= rank < world:
             raise ValueError(f"rank must be in 0 … {world - 1}, got {rank}")
-        if start_step < 0 or steps < 0:
-            raise ValueError(f"start_step and steps must be >= 0, got {start_step} and {steps}")
+        if start_step < 0 or steps < 0 or first_position < 0:
+            raise ValueError(
+                f"start_step, steps and first_position must be >= 0, got {start_step}, {steps} and {first_position}"
+            )
         if global_batch < 1 or global_batch % world:
             raise UserError(
                 f"the batch of {global_batch} images over all ranks does not divide by {world} ranks; "
                 f"take a positive multiple of {world}"
             )
         self.global_batch, self.steps, self.start_step = global_batch, steps, start_step
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.first_position = rank, world, first_position
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start_step)
@@ -60,7 +72,7 @@ class PositionSampler:
     def __iter__(self) -> Iterator[list[int]]:
         local = self.global_batch // self.world
         for step in range(self.start_step, self.steps):
-            first = step * self.global_batch + self.rank * local
+            first = self.first_position + step * self.global_batch + self.rank * local
             yield list(range(first, first + local))
 
 
