@@ -1,9 +1,11 @@
-"""Kernels for diffusion transformers: token routing, x-prediction loss, counter-based noise.
+"""Kernels for diffusion transformers: token routing, Newton-Schulz for Muon, x-prediction loss, noise.
 
 Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definition in `prx_kernels.reference`.
 """
 
+from .newton_schulz import newton_schulz, sym_gemm, zeropower_via_newtonschulz5
 from .pixel_loss import patchify, unpatchify, x_prediction_loss
+from .polar_polynomials import newton_schulz_flop, safe_restarts
 from .reference import kept_tokens, philox_normal
 from .route_blocks import Route, route_blocks
 from .routing_fused import enter_route_modulate, exit_route_gated
@@ -19,11 +21,16 @@ __all__ = [
     "exit_route_gated",
     "gather_tokens",
     "kept_tokens",
+    "newton_schulz",
+    "newton_schulz_flop",
     "patchify",
     "philox_normal",
     "route_blocks",
+    "safe_restarts",
     "sample_keep",
     "scatter_tokens",
+    "sym_gemm",
     "unpatchify",
     "x_prediction_loss",
+    "zeropower_via_newtonschulz5",
 ]

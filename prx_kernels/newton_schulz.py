@@ -1,0 +1,388 @@
+"""Newton-Schulz orthogonalisation for Muon: the symmetric products of many matrices as one batch, half the work each.
+
+`newton_schulz` takes one matrix or a list of mixed shapes. In the Gram form nearly all work is on n×n matrices, n the
+smaller side, so that matrices of different shapes with equal n share every launch of `sym_gemm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from . import _symmetric_kernels as kernels
+from . import reference
+from ._launch import NAMESPACE
+from .polar_polynomials import Coefficients, Polynomial, newton_schulz_flop, polynomials, safe_restarts
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# --- public ------------------------------------------------------------------------------------------------------
+
+
+def sym_gemm(
+    A: Tensor,
+    B: Tensor,
+    *,
+    C: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`alpha·A·Bᵀ + beta·C + gamma·I` where the caller promises that the result is symmetric; half a product's work.
+
+    Only the lower triangle is computed and mirrored, so the result is exactly symmetric. The promise holds for A = B
+    and for symmetric A, B that commute; it is not checked, and where it is broken the upper triangle is wrong.
+
+    Args:
+        A, B: (n, k) or (batch, n, k), float16, bfloat16, float32 or float64. Any strides; a matrix whose rows or whose
+            columns are dense is read in place, other layouts are copied.
+        C: like the result and symmetric too; only its lower triangle is read. Not read for beta = 0.
+        alpha, beta, gamma: numbers, not tensors.
+        out: where to put the result; it shares no memory with A, B or C.
+
+    Returns:
+        (n, n) or (batch, n, n) in the dtype of A; sums and the epilogue are in float32, rounded once. float32 products
+        are IEEE, not TF32. float64 runs the plain definition.
+
+    Raises:
+        ValueError: shapes do not fit, beta without C, or out overlaps an input.
+        TypeError: dtypes differ or are not floating.
+        RuntimeError: an operand requires a gradient while gradients are recorded: the op has none.
+    """
+    _check_no_grad("sym_gemm", [x for x in (A, B, C, out) if x is not None])
+    _check_operands(A, B, C, beta, out)
+    batched = [x.unsqueeze(0) if x is not None and x.ndim == 2 else x for x in (A, B, C, out)]
+    a, b, c, result = batched
+    c = c if beta != 0.0 else None
+    if result is not None and out is not None:
+        _sym_gemm_out(a, b, c, alpha, beta, gamma, result)
+        return out
+    made: Tensor = _sym_gemm(a, b, c, alpha, beta, gamma)
+    return made if A.ndim == 3 else made[0]
+
+
+@overload
+def newton_schulz(
+    G: Tensor,
+    *,
+    ns_coefficients: Coefficients = ...,
+    ns_steps: int = ...,
+    algorithm: str = ...,
+    restarts: str | Sequence[int] = ...,
+    dtype: torch.dtype = ...,
+    eps: float = ...,
+) -> Tensor: ...
+@overload
+def newton_schulz(
+    G: Sequence[Tensor],
+    *,
+    ns_coefficients: Coefficients = ...,
+    ns_steps: int = ...,
+    algorithm: str = ...,
+    restarts: str | Sequence[int] = ...,
+    dtype: torch.dtype = ...,
+    eps: float = ...,
+) -> list[Tensor]: ...
+def newton_schulz(
+    G: Tensor | Sequence[Tensor],
+    *,
+    ns_coefficients: Coefficients = "jordan",
+    ns_steps: int = 5,
+    algorithm: str = "auto",
+    restarts: str | Sequence[int] = "auto",
+    dtype: torch.dtype = torch.float16,
+    eps: float = 1e-7,
+) -> Tensor | list[Tensor]:
+    """Orthogonalise matrices: the nearest semi-orthogonal U·Vᵀ of G = U·Σ·Vᵀ, approximately (Muon's update).
+
+    Each matrix is divided by its Frobenius norm plus eps and iterated X <- aX + b(XXᵀ)X + c(XXᵀ)²X. Never waits for the
+    device, uses no atomics, and matrices do not influence one another.
+
+    Args:
+        G: one matrix (rows, columns), a batch (..., rows, columns), or a sequence of such of any shapes and both
+            orientations. Floating; any strides; entries of any finite size. All matrices with the same smaller side
+            share the launches of their n×n products, whatever their other side.
+        ns_coefficients: "jordan" (3.4445, -4.7750, 2.0315), "polar_express" (https://arxiv.org/abs/2505.16932 with
+            safety factor 1.05), one triple (a, b, c), or a sequence of triples: the first `ns_steps` are taken, the
+            last is repeated if there are fewer.
+        ns_steps: number of iterations, at least 1.
+        algorithm: "standard" multiplies X in every step; "gram" iterates on X·Xᵀ, n×n, and multiplies X once at every
+            restart and at the end; "auto" takes, shape by shape, the one of fewer operations (`newton_schulz_flop`):
+            Gram for rectangular matrices, standard for square ones.
+        restarts: steps before which the Gram form recomputes X·Xᵀ, each in 1 … ns_steps-1 (steps count from 0). "auto"
+            derives the fewest that are safe for these coefficients in this dtype (`safe_restarts`).
+        dtype: in which the iteration runs; every product is accumulated in float32 and rounded to it once. bfloat16 is
+            as fast as float16 and eight times less exact; numbers here are of size 1, its range gains nothing.
+        eps: added to the norm; a zero matrix gives zeros.
+
+    Returns:
+        As G: a tensor, or a list, of the shapes and dtypes of G. A matrix with NaN or infinity gives NaN, alone.
+
+    Raises:
+        ValueError: an argument is out of range, or G has fewer than two dimensions.
+        TypeError: G or dtype is not floating.
+        RuntimeError: G requires a gradient while gradients are recorded: there is no backward.
+    """
+    matrices = [G] if isinstance(G, Tensor) else list(G)
+    steps = polynomials(ns_coefficients, ns_steps)
+    resets = _resolve(steps, algorithm, restarts, dtype)
+    _check_matrices(matrices)
+    results = _orthogonalise(matrices, steps, algorithm, resets, dtype, eps)
+    results = [y.to(x.dtype) for x, y in zip(matrices, results, strict=True)]
+    return results[0] if isinstance(G, Tensor) else results
+
+
+def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5) -> Tensor:
+    """`newton_schulz` under the name and with the result of https://kellerjordan.github.io/posts/muon/: bfloat16.
+
+    The iteration itself runs in float16, which is as fast and nearer to exact arithmetic.
+
+    Args:
+        G: (..., rows, columns), floating.
+        steps: number of iterations with Jordan's coefficients.
+
+    Returns:
+        bfloat16, of the shape of G.
+    """
+    polynomial_steps = polynomials("jordan", steps)
+    _check_matrices([G])
+    resets = _resolve(polynomial_steps, "auto", "auto", torch.float16)
+    return _orthogonalise([G], polynomial_steps, "auto", resets, torch.float16, 1e-7)[0].to(torch.bfloat16)
+
+
+# --- the iteration -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Stack:
+    """All matrices of one shape: X is (count, n, m) with n <= m, a transposed view for tall ones."""
+
+    members: list[int]  # positions in the list given
+    X: Tensor
+    tall: bool
+
+    def times(self, Q: Tensor, *, beta: float = 0.0) -> Tensor:
+        """Q·X + beta·X for symmetric Q, in the memory layout of X.
+
+        A general product through cuBLAS: the same rate as a kernel of ours could reach, tuned for every shape and chip.
+        """
+        if not self.X.is_cuda:  # half-precision products of a CPU are slow, or sum in half precision
+            return reference.multiply(Q, self.X, beta=beta)
+        left, right = (self.X.mT, Q) if self.tall else (Q, self.X)
+        addend = left if self.tall else right
+        made = torch.baddbmm(addend, left, right, beta=beta) if beta else torch.bmm(left, right)
+        return made.mT if self.tall else made
+
+
+def _orthogonalise(
+    matrices: list[Tensor],
+    steps: tuple[Polynomial, ...],
+    algorithm: str,
+    restarts: tuple[int, ...],
+    dtype: torch.dtype,
+    eps: float,
+) -> list[Tensor]:
+    """`newton_schulz` with checked arguments; results are of `dtype`."""
+    results = [x.new_zeros(x.shape, dtype=dtype) if x.numel() == 0 else x for x in matrices]
+    by_shape: dict[tuple[torch.device, int, int], list[int]] = {}
+    for i, x in enumerate(matrices):
+        if x.numel():
+            by_shape.setdefault((x.device, x.shape[-2], x.shape[-1]), []).append(i)
+    # Which matrices share their n×n products: equal device, smaller side and algorithm.
+    batches: dict[tuple[torch.device, int, bool], list[list[int]]] = {}
+    for (device, rows, columns), members in by_shape.items():
+        gram = algorithm == "gram" or (algorithm == "auto" and _gram_is_cheaper(rows, columns, len(steps), restarts))
+        batches.setdefault((device, min(rows, columns), gram), []).append(members)
+    for (device, _, gram), shapes in batches.items():
+        with torch.no_grad(), _exact_dtypes(device):
+            stacks = [_stack(matrices, members, dtype, eps) for members in shapes]
+            (_gram_form if gram else _standard_form)(stacks, steps, restarts)
+            for stack in stacks:
+                _unstack(stack, results)
+    return results
+
+
+def _stack(matrices: list[Tensor], members: list[int], dtype: torch.dtype, eps: float) -> _Stack:
+    """The normalised matrices of one shape behind one another, in the layout they came in."""
+    rows, columns = matrices[members[0]].shape[-2:]
+    parts = [kernels.unit_norm(matrices[i].reshape(-1, rows, columns), dtype, eps) for i in members]
+    X = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _Stack(members, X.mT if rows > columns else X, rows > columns)
+
+
+def _unstack(stack: _Stack, results: list[Tensor]) -> None:
+    Y = stack.X.mT if stack.tall else stack.X
+    shapes = [results[i].shape for i in stack.members]
+    parts = Y.split_with_sizes([shape[:-2].numel() for shape in shapes])
+    for i, shape, part in zip(stack.members, shapes, parts, strict=True):
+        results[i] = part.reshape(shape)
+
+
+def _standard_form(stacks: list[_Stack], steps: tuple[Polynomial, ...], _: tuple[int, ...]) -> None:
+    for a, b, c in steps:
+        A = _gram(stacks)
+        _multiply(stacks, sym_gemm(A, A, C=A, alpha=c, beta=b), beta=a)
+
+
+def _gram_form(stacks: list[_Stack], steps: tuple[Polynomial, ...], restarts: tuple[int, ...]) -> None:
+    """X <- Q·X with Q = Π p(R), R <- R·p(R)² and p(R) = aI + Z, Z = bR + cR²: all symmetric, and all commute."""
+    R, Q = _gram(stacks), None
+    for t, (a, b, c) in enumerate(steps):
+        if t in restarts and Q is not None:
+            _multiply(stacks, Q)
+            R, Q = _gram(stacks), None
+        Z = sym_gemm(R, R, C=R, alpha=c, beta=b)
+        if Q is None:
+            Q = Z.clone()
+            Q.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            Q = sym_gemm(Q, Z, C=Q, beta=a)
+        if t + 1 < len(steps) and t + 1 not in restarts:
+            RZ = sym_gemm(R, Z, C=R, beta=a)
+            R = sym_gemm(Z, RZ, C=RZ, beta=a)
+    assert Q is not None, "there is at least one step"
+    _multiply(stacks, Q)
+
+
+def _gram(stacks: list[_Stack]) -> Tensor:
+    """X·Xᵀ of every matrix of every stack, one behind the other."""
+    if len(stacks) == 1:
+        return sym_gemm(stacks[0].X, stacks[0].X)
+    counts = [stack.X.shape[0] for stack in stacks]
+    n = stacks[0].X.shape[1]
+    R = stacks[0].X.new_empty((sum(counts), n, n))
+    for stack, part in zip(stacks, R.split_with_sizes(counts), strict=True):
+        sym_gemm(stack.X, stack.X, out=part)
+    return R
+
+
+def _multiply(stacks: list[_Stack], Q: Tensor, *, beta: float = 0.0) -> None:
+    for stack, part in zip(stacks, Q.split_with_sizes([stack.X.shape[0] for stack in stacks]), strict=True):
+        stack.X = stack.times(part, beta=beta)
+
+
+def _gram_is_cheaper(rows: int, columns: int, ns_steps: int, restarts: tuple[int, ...]) -> bool:
+    gram = newton_schulz_flop(rows, columns, ns_steps, algorithm="gram", restarts=restarts)
+    return gram < newton_schulz_flop(rows, columns, ns_steps, algorithm="standard")
+
+
+def _exact_dtypes(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast would turn the float16 products of cuBLAS into bfloat16 ones."""
+    return torch.autocast(device.type, enabled=False)
+
+
+# The compiler need not trace the search: it depends on nothing but constants.
+_constant_restarts: Any = torch.compiler.assume_constant_result(safe_restarts)  # type: ignore[no-untyped-call]
+
+
+# --- ops ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(f"{NAMESPACE}::sym_gemm", mutates_args=(), device_types="cuda")
+def _sym_gemm(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float) -> Tensor:
+    out = A.new_empty((A.shape[0], A.shape[1], A.shape[1]))
+    kernels.sym_gemm(A, B, C, alpha, beta, gamma, out)
+    return out
+
+
+@_sym_gemm.register_kernel("cpu")
+def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float) -> Tensor:
+    return reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma)
+
+
+@_sym_gemm.register_fake
+def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float) -> Tensor:
+    return A.new_empty((A.shape[0], A.shape[1], A.shape[1]))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::sym_gemm_out", mutates_args=("out",), device_types="cuda")
+def _sym_gemm_out(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor) -> None:
+    _check_overlap(out, A, B, C)
+    kernels.sym_gemm(A, B, C, alpha, beta, gamma, out)
+
+
+@_sym_gemm_out.register_kernel("cpu")
+def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor) -> None:
+    _check_overlap(out, A, B, C)
+    out.copy_(reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma))
+
+
+@_sym_gemm_out.register_fake
+def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor) -> None:
+    return None
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def _check_operands(A: Tensor, B: Tensor, C: Tensor | None, beta: float, out: Tensor | None) -> None:
+    if A.ndim not in (2, 3) or A.shape != B.shape:
+        raise ValueError(
+            f"sym_gemm needs A and B of one shape (n, k) or (batch, n, k), got {tuple(A.shape)} and {tuple(B.shape)}"
+        )
+    if beta != 0.0 and C is None:
+        raise ValueError(f"sym_gemm needs C where beta is not 0, got beta {beta} and no C")
+    square = (*A.shape[:-1], A.shape[-2])
+    for name, x in (("C", C), ("out", out)):
+        if x is not None and x.shape != square:
+            raise ValueError(f"{name} must have the shape of the result, {square}, got {tuple(x.shape)}")
+    for name, x in (("A", A), ("B", B), ("C", C), ("out", out)):
+        if x is not None and (x.dtype not in DTYPES or x.dtype != A.dtype):
+            raise TypeError(f"sym_gemm needs tensors of one floating dtype, got {name} of {x.dtype} beside {A.dtype}")
+        if x is not None and x.device != A.device:
+            raise ValueError(f"sym_gemm needs tensors of one device, got {name} on {x.device} and A on {A.device}")
+
+
+def _check_overlap(out: Tensor, *inputs: Tensor | None) -> None:
+    first, last = _extent(out)
+    for x in inputs:
+        if x is not None and x.numel() and out.numel():
+            start, end = _extent(x)
+            if first < end and start < last:
+                raise ValueError("out must not share memory with A, B or C: pass a tensor of its own")
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (span + 1) * x.element_size()
+
+
+def _check_no_grad(name: str, tensors: Sequence[Tensor]) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise RuntimeError(f"{name} has no gradient: detach its input or call it under torch.no_grad()")
+
+
+def _check_matrices(matrices: list[Tensor]) -> None:
+    for x in matrices:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"newton_schulz needs floating-point tensors, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.ndim < 2:
+            raise ValueError(f"newton_schulz needs matrices (..., rows, columns), got shape {tuple(x.shape)}")
+    _check_no_grad("newton_schulz", matrices)
+
+
+def _resolve(
+    steps: tuple[Polynomial, ...], algorithm: str, restarts: str | Sequence[int], dtype: torch.dtype
+) -> tuple[int, ...]:
+    """The steps before which the Gram form restarts, all settings checked."""
+    if algorithm not in ("auto", "gram", "standard"):
+        raise ValueError(f"algorithm must be 'auto', 'gram' or 'standard', got {algorithm!r}")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    if isinstance(restarts, str):
+        if restarts != "auto":
+            raise ValueError(f"restarts must be 'auto' or steps, got {restarts!r}")
+        resets: tuple[int, ...] = _constant_restarts(steps, dtype)
+        return resets
+    for t in restarts:
+        if not isinstance(t, int) or not 1 <= t < len(steps):
+            raise ValueError(f"restarts must be steps in 1 … {len(steps) - 1} (ns_steps - 1), got {t!r}")
+    if algorithm == "standard" and len(restarts):
+        raise ValueError(f"restarts belong to the Gram form, got {tuple(restarts)} with algorithm 'standard'")
+    return tuple(sorted(set(restarts)))
