@@ -14,8 +14,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from . import _norm_kernels, reference
 from . import _symmetric_kernels as kernels
-from . import reference
 from ._launch import NAMESPACE
 from .polar_polynomials import Coefficients, Polynomial, newton_schulz_flop, polynomials, safe_restarts
 
@@ -36,13 +36,13 @@ def sym_gemm(
 ) -> Tensor:
     """`alpha·A·Bᵀ + beta·C + gamma·I` where the caller promises that the result is symmetric; half a product's work.
 
-    Only the lower triangle is computed and mirrored, so the result is exactly symmetric. The promise holds for A = B
-    and for symmetric A, B that commute; it is not checked, and where it is broken the upper triangle is wrong.
+    Only the upper triangle is computed and mirrored, so the result is exactly symmetric. The promise holds for A = B
+    and for symmetric A, B that commute; it is not checked, and where it is broken the lower triangle is wrong.
 
     Args:
         A, B: (n, k) or (batch, n, k), float16, bfloat16, float32 or float64. Any strides; a matrix whose rows or whose
             columns are dense is read in place, other layouts are copied.
-        C: like the result and symmetric too; only its lower triangle is read. Not read for beta = 0.
+        C: like the result and symmetric too; not read for beta = 0.
         alpha, beta, gamma: numbers, not tensors.
         out: where to put the result; it shares no memory with A, B or C.
 
@@ -60,6 +60,7 @@ def sym_gemm(
     batched = [x.unsqueeze(0) if x is not None and x.ndim == 2 else x for x in (A, B, C, out)]
     a, b, c, result = batched
     c = c if beta != 0.0 else None
+    alpha, beta, gamma = float(alpha), float(beta), float(gamma)
     if result is not None and out is not None:
         _sym_gemm_out(a, b, c, alpha, beta, gamma, result)
         return out
@@ -211,8 +212,10 @@ def _orthogonalise(
 def _stack(matrices: list[Tensor], members: list[int], dtype: torch.dtype, eps: float) -> _Stack:
     """The normalised matrices of one shape behind one another, in the layout they came in."""
     rows, columns = matrices[members[0]].shape[-2:]
-    parts = [kernels.unit_norm(matrices[i].reshape(-1, rows, columns), dtype, eps) for i in members]
-    X = parts[0] if len(parts) == 1 else torch.cat(parts)
+    parts = [matrices[i].reshape(-1, rows, columns) for i in members]
+    X = parts[0].new_empty((sum(part.shape[0] for part in parts), rows, columns), dtype=dtype)
+    for part, place in zip(parts, X.split_with_sizes([part.shape[0] for part in parts]), strict=True):
+        _unit_norm(part, eps, place)
     return _Stack(members, X.mT if rows > columns else X, rows > columns)
 
 
@@ -315,6 +318,21 @@ def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: 
 
 @_sym_gemm_out.register_fake
 def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op(f"{NAMESPACE}::unit_norm", mutates_args=("out",), device_types="cuda")
+def _unit_norm(G: Tensor, eps: float, out: Tensor) -> None:
+    _norm_kernels.unit_norm(G, eps, out)
+
+
+@_unit_norm.register_kernel("cpu")
+def _(G: Tensor, eps: float, out: Tensor) -> None:
+    out.copy_(reference.unit_norm(G, out.dtype, eps=eps))
+
+
+@_unit_norm.register_fake
+def _(G: Tensor, eps: float, out: Tensor) -> None:
     return None
 
 

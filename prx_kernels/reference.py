@@ -242,7 +242,7 @@ def x_prediction_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int,
 def sym_gemm(
     A: Tensor, B: Tensor, C: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
 ) -> Tensor:
-    """`alpha·A·Bᵀ + beta·C + gamma·I` for (..., n, k) operands, the lower triangle mirrored; dtype of A.
+    """`alpha·A·Bᵀ + beta·C + gamma·I` for (..., n, k) operands, the upper triangle mirrored; dtype of A.
 
     Formed in float32 (float64 for float64) and rounded once. beta = 0 does not read C.
     """
@@ -251,7 +251,7 @@ def sym_gemm(
         product += beta * _wide(C)
     if gamma != 0.0:
         product.diagonal(dim1=-2, dim2=-1).add_(gamma)
-    return (product.tril() + product.tril(-1).mT).to(A.dtype)
+    return (product.triu() + product.triu(1).mT).to(A.dtype)
 
 
 def multiply(Q: Tensor, X: Tensor, *, beta: float = 0.0) -> Tensor:
