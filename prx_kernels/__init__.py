@@ -3,12 +3,13 @@
 Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definition in `prx_kernels.reference`.
 """
 
-from .newton_schulz import newton_schulz, sym_gemm, zeropower_via_newtonschulz5
+from .newton_schulz import newton_schulz, zeropower_via_newtonschulz5
 from .pixel_loss import patchify, unpatchify, x_prediction_loss
 from .polar_polynomials import newton_schulz_flop, safe_restarts
 from .reference import kept_tokens, philox_normal
 from .route_blocks import Route, route_blocks
 from .routing_fused import enter_route_modulate, exit_route_gated
+from .symmetric_product import sym_gemm
 from .token_routing import enter_route, exit_route, gather_tokens, sample_keep, scatter_tokens
 
 __version__ = "0.1.0"

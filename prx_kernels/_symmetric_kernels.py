@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._launch import Config, Table, alignment, capability, jit, on_device, tl, triton, tuned
+from ._launch import Config, Table, alignment, capability, jit, on_device, tl, tuned
 from ._routing_kernels import hint
 
 # --- kernels -----------------------------------------------------------------------------------------------------
@@ -193,18 +193,17 @@ def _sym_gemm_pointer_kernel(  # type: ignore[no-untyped-def]
 
 # --- launchers ---------------------------------------------------------------------------------------------------
 
-_descriptors: Any = None if triton is None else importlib.import_module("triton.tools.tensor_descriptor")
-
 
 def _tile_config(rows: int, cols: int, depth: int, num_warps: int, num_stages: int) -> Config:
     return Config((("ROWS", rows), ("COLS", cols), ("DEPTH", depth)), num_warps, num_stages)
 
 
-# Keyed on the tiles of 128 × 128 in all upper triangles of the batch. Not yet tuned on a GPU: chosen by counting. On the
-# 132 multiprocessors of an H200 a batch of 1 to 4 matrices of n = 1792 has 105 to 420 such tiles, which fill 79.5 % of
-# whole rounds. Tiles of 64 × 128, two programs a multiprocessor, take 5 half rounds where 128 × 128 takes 3 whole ones
-# (batch 3) and 7 for 4 (batch 4); at batch 1 and 2 the rounds are equal, but one program's epilogue hides under the
-# other's products. Below a quarter of a round small tiles shorten the critical path.
+# Keyed on the tiles of 128 × 128 in all upper triangles of the batch. Not yet tuned on a GPU: chosen by counting. On
+# the 132 multiprocessors of an H200 a batch of 1 to 4 matrices of n = 1792 has 105 to 420 such tiles, 79.5 % of whole
+# rounds. Tiles of 64 × 128, two programs a multiprocessor, take 5 half rounds where 128 × 128 takes 3 whole ones (batch
+# 3) and 7 for 4 (batch 4); at batch 1 and 2 the rounds are equal, but one program's epilogue hides under the other's
+# products. Splitting along K would even batch 1 out, at the price of 4-byte partial sums through memory: at n = 1792
+# that costs more than the 20 % of a round it saves. Below a quarter of a round small tiles shorten the critical path.
 _HOPPER = (
     (33, _tile_config(64, 64, 64, 4, 4)),
     (420, _tile_config(64, 128, 64, 4, 4)),
@@ -311,5 +310,7 @@ def _batch_stride(x: Tensor) -> int:
 
 
 def _descriptor(x: Tensor, block: tuple[int, int]) -> Any:
+    # Imported here: Triton's tools load more than a quick `import prx_kernels` should.
+    tools: Any = importlib.import_module("triton.tools.tensor_descriptor")
     strides = [_batch_stride(x), x.stride(1), 1]
-    return _descriptors.TensorDescriptor(x, list(x.shape), strides, [1, *block])
+    return tools.TensorDescriptor(x, list(x.shape), strides, [1, *block])

@@ -130,6 +130,11 @@ def safe_restarts(steps: tuple[Polynomial, ...], dtype: torch.dtype) -> tuple[in
     return _fewest_restarts(steps, _SHIFT * torch.finfo(dtype).eps / 2)
 
 
+# What torch.compiler.assume_constant_result sets, without the second that importing the compiler takes: a compiled
+# caller runs the search once and keeps its result.
+safe_restarts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @lru_cache(maxsize=256)
 def _fewest_restarts(steps: tuple[Polynomial, ...], shift: float) -> tuple[int, ...]:
     x = [0.0] + [10 ** (-6 * k / (_GRID - 1)) for k in range(_GRID)]

@@ -38,7 +38,7 @@ def tma(config: Config, element: str, arch: int, *, has_c: bool = True, transpos
 
 
 def pointer(config: Config, element: str, arch: int, *, align: int, transposed: bool = False) -> Build:
-    arguments = {name: "i32" for name in ("n", "k", "tiles", *STRIDES)} | SCALES
+    arguments = dict.fromkeys(("n", "k", "tiles", *STRIDES), "i32") | SCALES
     arguments |= {f"{tensor}_ptr": f"*{element}" for tensor in ("a", "b", "c", "out")}
     constants = {"HAS_C": True, "TRANSPOSED": transposed, "ALIGN": align}
     return build(kernels._sym_gemm_pointer_kernel, arguments, constants, config, arch)
