@@ -87,6 +87,8 @@ def newton_schulz(
     matrices = [G] if isinstance(G, Tensor) else list(G)
     steps = polynomials(ns_coefficients, ns_steps)
     resets = _resolve(steps, algorithm, restarts, dtype)
+    if not eps >= 0.0:
+        raise ValueError(f"eps must be at least 0, got {eps}")
     _check_matrices(matrices)
     results = _orthogonalise(matrices, steps, algorithm, resets, dtype, eps)
     results = [y.to(x.dtype) for x, y in zip(matrices, results, strict=True)]

@@ -125,7 +125,7 @@ def safe_restarts(steps: tuple[Polynomial, ...], dtype: torch.dtype) -> tuple[in
     of one step is the plain iteration and always allowed. Of the paths of safe stages, this is the one with the fewest
     restarts (each costs 3n²m - 3n³), and of those the one whose stages together grow least.
 
-    Jordan ×5 gives (3,) in float16, (2, 4) in bfloat16 and () in float32; Polar Express (2,), (2, 3) and ().
+    Five steps of Jordan give (3,) in float16, (2, 3) in bfloat16, () in float32; of Polar Express (2,), (2, 3), ().
     """
     return _fewest_restarts(steps, _SHIFT * torch.finfo(dtype).eps / 2)
 

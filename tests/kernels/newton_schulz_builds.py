@@ -54,7 +54,7 @@ def with_descriptors(arch: int, elements: tuple[str, ...] = ("fp16", "bf16")) ->
 
 def with_pointers(arch: int) -> Iterator[tuple[str, Build]]:
     """16-byte rows of every dtype, and any rows of float32."""
-    for table, element in ((kernels.POINTER, "fp16"), (kernels.POINTER, "bf16"), (kernels.FLOAT32, "fp32")):
+    for table, element in ((kernels.POINTER, "fp16"), (kernels.FLOAT32, "fp32")):
         for size, config in table[0]:
             for transposed in (False, True):
                 name = f"pointer {size} {element} transposed={transposed}"
