@@ -162,13 +162,12 @@ def show(arch: int, name: str, made) -> None:
     assert made.shared <= ahead_of_time.MAX_SHARED, name
 
 
-@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("arch", [90, 100, 103])
 def test_descriptor_kernels_build_without_spills(arch):
     pytest.importorskip("triton")
     from . import newton_schulz_builds
 
-    elements = ("fp16", "bf16") if arch == 90 else ("fp16",)
-    for name, made in newton_schulz_builds.with_descriptors(arch, elements):
+    for name, made in newton_schulz_builds.with_descriptors(arch):
         show(arch, name, made)
         assert "wgmma.mma_async" in made.ptx if arch == 90 else "tcgen05.mma" in made.ptx, name
         # Tiles come and go through descriptors alone: loads, stores, and the mirrored stores.

@@ -6,10 +6,31 @@ import pytest
 import torch
 
 from prx_kernels import _symmetric_kernels as kernels
+from prx_kernels._launch import jit, tl
 from tests.kernels import newton_schulz_checks as checks
 
 DESCRIPTOR_CONFIGS = [config for _, config in kernels.TMA[90]]
 POINTER_CONFIGS = [config for table in (kernels.POINTER, kernels.UNALIGNED, kernels.FLOAT32) for _, config in table[0]]
+
+
+@jit
+def _write_tile(out_ptr, tiles, ROWS: tl.constexpr, COLS: tl.constexpr):
+    batch, row, col = kernels._tile(tiles, ROWS, COLS)
+    place = out_ptr + 3 * tl.program_id(0)
+    tl.store(place, batch)
+    tl.store(place + 1, row)
+    tl.store(place + 2, col)
+
+
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_tiles_cover_the_upper_triangle_once(ratio):
+    side, batch = 40, 2  # in tile columns
+    tiles = ratio * side * (side + 1) // 2
+    out = torch.full((batch * tiles, 3), -1)
+    _write_tile[(batch * tiles,)](out, tiles, ROWS=16, COLS=16 * ratio)
+    expected = {(b, 16 * i, 16 * ratio * j) for b in range(batch) for j in range(side) for i in range(ratio * (j + 1))}
+    assert {tuple(row) for row in out.tolist()} == expected
+    assert len(expected) == len(out)
 
 
 @pytest.mark.parametrize("shape", checks.SHAPES)
