@@ -131,8 +131,9 @@ def safe_restarts(steps: tuple[Polynomial, ...], dtype: torch.dtype) -> tuple[in
 
 
 # What torch.compiler.assume_constant_result sets, without the second that importing the compiler takes: a compiled
-# caller runs the search once and keeps its result.
-safe_restarts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# caller reads the coefficients and runs the search once, and keeps both results.
+for _constant in (polynomials, safe_restarts):
+    _constant.__dict__["_dynamo_marked_constant"] = True
 
 
 @lru_cache(maxsize=256)

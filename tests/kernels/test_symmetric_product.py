@@ -115,6 +115,14 @@ def test_a_compiled_call_is_one_graph_and_equal(backend, tolerance):
         torch.testing.assert_close(actual, plain, rtol=0, atol=tolerance)
 
 
+def test_dynamic_compilation_gives_each_shape_its_graph():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda G: orthogonalise(G), fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((6, 10), (8, 14), (30, 7)):
+        G = torch.randn(shape)
+        assert torch.equal(compiled(G), newton_schulz(G))
+
+
 # --- kernels -----------------------------------------------------------------------------------------------------
 
 
