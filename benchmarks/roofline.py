@@ -8,8 +8,9 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from prx_kernels import newton_schulz_flop
 from prx_model.config import PRXConfig, Routing, prx_1_2b
-from prx_model.flops import newton_schulz_flop, training_flop
+from prx_model.flops import training_flop
 
 H200_COPY = 4.3e12
 """Bytes/s read plus written, measured through PyTorch on an H200 (RECIPE.md); benchmarks measure their own."""
@@ -69,22 +70,12 @@ def attention(batch: int, heads: int, queries: int, keys: float, head_dim: int, 
 
 
 def newton_schulz(shapes: Iterable[tuple[int, int]], algorithm: str, steps: int = 5) -> float:
-    """Operations of Newton-Schulz on matrices (KERNELS.md, section 2): "plain", "symmetric" or "gram".
+    """Operations of Newton-Schulz on matrices, see `prx_kernels.newton_schulz_flop`.
 
-    Both symmetric forms count the triangle that is computed; "gram" is 6n²m + 14n³ with one restart at 5 steps.
+    "plain", "standard" (triangles of the symmetric products only) or "gram" (with the restart of Jordan's five steps).
     """
-    total = 0.0
-    for rows, columns in shapes:
-        n, m = float(min(rows, columns)), float(max(rows, columns))
-        if algorithm == "plain":
-            total += newton_schulz_flop(rows, columns, steps)
-        elif algorithm == "symmetric":
-            total += steps * (3 * n * n * m + n**3)
-        elif algorithm == "gram" and steps == 5:
-            total += 6 * n * n * m + 14 * n**3
-        else:
-            raise ValueError(f"there is no formula for {algorithm!r} Newton-Schulz of {steps} steps")
-    return total
+    restarts = (3,) if algorithm == "gram" and steps > 3 else ()
+    return sum(newton_schulz_flop(*shape, steps, algorithm=algorithm, restarts=restarts) for shape in shapes)
 
 
 def prx_muon_shapes(config: PRXConfig | None = None) -> list[tuple[int, int]]:

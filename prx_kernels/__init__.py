@@ -1,14 +1,17 @@
-"""Kernels for diffusion transformers: token routing, patch embedding, x-prediction loss, counter-based noise.
+"""Kernels for diffusion transformers: token routing, patch embedding, x-prediction loss, noise, Muon's products.
 
 Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definition in `prx_kernels.reference`.
 """
 
+from .newton_schulz import newton_schulz, zeropower_via_newtonschulz5
 from .noise import philox_normal
 from .patch_embed import BottleneckPatchEmbed, patch_embed
 from .pixel_loss import patchify, unpatchify, x_prediction_loss
+from .polar_polynomials import newton_schulz_flop, safe_restarts
 from .reference import kept_tokens
 from .route_blocks import Route, route_blocks
 from .routing_fused import enter_route_modulate, exit_route_gated
+from .symmetric_product import sym_gemm
 from .token_routing import enter_route, exit_route, gather_tokens, sample_keep, scatter_tokens
 
 __version__ = "0.1.0"
@@ -22,12 +25,17 @@ __all__ = [
     "exit_route_gated",
     "gather_tokens",
     "kept_tokens",
+    "newton_schulz",
+    "newton_schulz_flop",
     "patch_embed",
     "patchify",
     "philox_normal",
     "route_blocks",
+    "safe_restarts",
     "sample_keep",
     "scatter_tokens",
+    "sym_gemm",
     "unpatchify",
     "x_prediction_loss",
+    "zeropower_via_newtonschulz5",
 ]

@@ -5,6 +5,7 @@ benchmarks. Nothing here is tuned.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -304,3 +305,80 @@ def patch_image_gradient(grad: Tensor, weight: Tensor, t: Tensor | None, image: 
     """Gradient of `patch_project` by image, in its shape and dtype."""
     pixels = _wide(unpatchify(grad @ weight, patch_size, image.shape[2], image.shape[3]))
     return (pixels if t is None else (1 - t[:, None, None, None]) * pixels).to(image.dtype).contiguous()
+
+
+# --- orthogonalisation (Muon) ------------------------------------------------------------------------------------
+
+
+def sym_gemm(
+    A: Tensor, B: Tensor, C: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
+) -> Tensor:
+    """`alpha·A·Bᵀ + beta·C + gamma·I` for (..., n, k) operands, the upper triangle mirrored; dtype of A.
+
+    Formed in float32 (float64 for float64) and rounded once. beta = 0 does not read C.
+    """
+    product = alpha * (_wide(A) @ _wide(B).mT)
+    if C is not None and beta != 0.0:
+        product += beta * _wide(C)
+    if gamma != 0.0:
+        product.diagonal(dim1=-2, dim2=-1).add_(gamma)
+    return (product.triu() + product.triu(1).mT).to(A.dtype)
+
+
+def multiply(Q: Tensor, X: Tensor, *, beta: float = 0.0) -> Tensor:
+    """`Q·X + beta·X`, formed in float32 (float64 for float64) and rounded once."""
+    product = _wide(Q) @ _wide(X)
+    return (product + beta * _wide(X) if beta else product).to(X.dtype)
+
+
+def unit_norm(G: Tensor, dtype: torch.dtype, *, eps: float) -> Tensor:
+    """`G / (‖G‖_F + eps)` for each matrix of (..., rows, columns), rounded to `dtype`.
+
+    The norm is taken in float32 (float64 for float64) of G over its largest entry, so that no finite G overflows.
+    """
+    wide = _wide(G)
+    # Below 1e-30 eps outweighs any norm; a divisor that small would make eps / largest overflow.
+    largest = wide.abs().amax((-2, -1), keepdim=True).clamp(min=1e-30)
+    wide = wide / largest
+    norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
+    unit: Tensor = wide / (norm + eps / largest).clamp(min=1e-30)
+    return unit.to(dtype)
+
+
+def newton_schulz(
+    G: Tensor,
+    steps: Sequence[tuple[float, float, float]],
+    *,
+    restarts: Sequence[int] | None,
+    dtype: torch.dtype,
+    eps: float = 1e-7,
+) -> Tensor:
+    """Newton-Schulz of (..., rows, columns) with `steps` (a, b, c); every product is rounded to `dtype`.
+
+    `restarts=None` is the plain iteration X <- aX + (bA + cA²)X with A = X·Xᵀ; otherwise the Gram form, where R = X·Xᵀ
+    is iterated on its own and formed anew before the steps named in `restarts`.
+    """
+    tall = G.shape[-2] > G.shape[-1]
+    X = unit_norm(G.mT if tall else G, dtype, eps=eps)
+    if restarts is None:
+        for a, b, c in steps:
+            A = sym_gemm(X, X)
+            X = multiply(sym_gemm(A, A, A, alpha=c, beta=b), X, beta=a)
+    else:
+        X = _gram_form(X, steps, restarts)
+    return (X.mT if tall else X).to(G.dtype)
+
+
+def _gram_form(X: Tensor, steps: Sequence[tuple[float, float, float]], restarts: Sequence[int]) -> Tensor:
+    R, Q = sym_gemm(X, X), None
+    for t, (a, b, c) in enumerate(steps):
+        if t in restarts and Q is not None:
+            X = multiply(Q, X)
+            R, Q = sym_gemm(X, X), None
+        Z = sym_gemm(R, R, R, alpha=c, beta=b)
+        Q = Z + a * torch.eye(Z.shape[-1], dtype=Z.dtype, device=Z.device) if Q is None else sym_gemm(Q, Z, Q, beta=a)
+        if t + 1 < len(steps) and t + 1 not in restarts:
+            RZ = sym_gemm(R, Z, R, beta=a)
+            R = sym_gemm(Z, RZ, RZ, beta=a)
+    assert Q is not None
+    return multiply(Q, X)
