@@ -165,6 +165,19 @@ def test_opcheck():
     check(noise._normal, (SEED, IDS, 7))
 
 
+def test_a_flop_counter_sees_the_products_and_their_gradients():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = tensors()
+    counts = []
+    for embed in (patch_embed, by_hand):
+        with FlopCounterMode(display=False) as counter:
+            embed(*inputs, 4).sum().backward()
+        counts.append(counter.get_total_flops())
+    # 12 tokens; the first map forward and for weight and picture, the second forward and for weight and row.
+    assert counts == [3 * 2 * 12 * (48 * 16 + 16 * 32)] * 2
+
+
 def test_twenty_steps_with_other_seeds_and_levels_compile_once():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
