@@ -73,7 +73,9 @@ def streams(arch: int) -> Iterator[tuple[str, Build]]:
             made = build(kernel, signature(kernel, image_ptr=PIXELS[pixels]), constants, config, arch)
             yield f"loss {pixels} {config.tile}", made
     kernel, config = _pixel_loss_kernels._scale_kernel, _pixel_loss_kernels.SCALE[0][0][1]
-    yield "scale", build(kernel, signature(kernel), {"IN_PLACE": True, "ALIGN": 16}, config, arch)
+    for in_place in (True, False):
+        made = build(kernel, signature(kernel), {"IN_PLACE": in_place, "ALIGN": 16}, config, arch)
+        yield f"scale in_place={in_place}", made
     kernel, config = _patch_embed_kernels.sum_parts_kernel, launch.SUM_PARTS[0][0][1]
     types = signature(kernel, parts_ptr="*fp32")
     yield "sum_parts", build(kernel, types, {"BIAS": False, "ALIGN": 16}, config, arch)
