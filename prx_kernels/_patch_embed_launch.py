@@ -37,7 +37,8 @@ _PORTABLE = ((64, _tile(64, 64, 32, 4, 3)), (_ANY, _tile(64, 128, 32, 8, 3)))
 _HOPPER = ((64, _tile(128, 64, 64, 4, 3)), (128, _tile(128, 128, 64, 8, 3)), (_ANY, _tile(128, 256, 64, 8, 3)))
 # Noise needs registers beside the accumulator: half the depth, or it spills.
 _HOPPER_NOISE = ((64, _tile(128, 64, 32, 8, 4)), (128, _tile(128, 128, 32, 8, 4)), (_ANY, _tile(128, 256, 32, 8, 4)))
-# A patch that four does not divide draws each pixel's noise alone, which takes more of them: half the tokens.
+# So do pixels apart from one another (channels last), which are loaded one by one, and noise that is drawn one by one,
+# where four does not divide the patch: half the tokens.
 _HOPPER_SINGLE = ((64, _tile(64, 64, 32, 4, 4)), (128, _tile(64, 128, 32, 4, 4)), (_ANY, _tile(64, 256, 32, 8, 4)))
 PROJECT: Table = {0: _PORTABLE, 90: _HOPPER}
 PROJECT_NOISE: Table = {0: _PORTABLE, 90: _HOPPER_NOISE}
@@ -88,7 +89,7 @@ def project(image: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int,
     rows = out.shape[0] * out.shape[1]
     if out.numel() == 0:
         return out
-    table = product_table((PROJECT, PROJECT_NOISE, PROJECT_SINGLE), noise is not None, patch_size)
+    table = product_table((PROJECT, PROJECT_NOISE, PROJECT_SINGLE), noise is not None, patch_size, strides[3])
     size = _config(table, weight, bottleneck)
     row_tiles, col_tiles = _tiles(rows, size, "ROWS"), _tiles(bottleneck, size, "COLS")
     splits, steps = _split(row_tiles * col_tiles, _tiles(features, size, "DEPTH"), image.device)
@@ -112,7 +113,7 @@ def weight_gradient(grad: Tensor, image: Tensor, patch_size: int, noise: Noise |
     out = torch.empty((bottleneck, features), dtype=grad.dtype, device=grad.device)
     if rows == 0:
         return out.zero_()
-    table = product_table((WEIGHT, WEIGHT_NOISE, WEIGHT_SINGLE), noise is not None, patch_size)
+    table = product_table((WEIGHT, WEIGHT_NOISE, WEIGHT_SINGLE), noise is not None, patch_size, strides[3])
     size = _config(table, grad, bottleneck)
     col_tiles, row_tiles = _tiles(features, size, "COLS"), _tiles(bottleneck, size, "ROWS")
     splits, steps = _split(row_tiles * col_tiles, _tiles(rows, size, "DEPTH"), image.device)
@@ -181,9 +182,11 @@ def _config(table: Table, operand: Tensor, bottleneck: int) -> Config:
     return tuned(FLOAT if operand.dtype == torch.float32 else table, bottleneck, operand.device)
 
 
-def product_table(tables: tuple[Table, Table, Table], noise: bool, patch_size: int) -> Table:
-    """Of the tables for clean pixels, for noise in fours and for noise one by one, that of this product."""
-    return tables[0] if not noise else tables[1 if patch_size % 4 == 0 else 2]
+def product_table(tables: tuple[Table, Table, Table], noise: bool, patch_size: int, column_stride: int) -> Table:
+    """Of the tables for clean pixels, for noise in fours and for what goes one by one, that of this product."""
+    if column_stride != 1 or (noise and patch_size % 4):
+        return tables[2]
+    return tables[1 if noise else 0]
 
 
 def _tiles(size: int, config: Config, name: str) -> int:

@@ -6,13 +6,16 @@ the bias are torch's own.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _patch_embed_launch as kernels
 from . import reference
+from ._launch import NAMESPACE
 from .token_routing import custom_op
 
 # --- ops ---------------------------------------------------------------------------------------------------------
@@ -119,3 +122,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 project.register_autograd(_backward, setup_context=_save)
+
+
+# --- what a FLOP counter counts ----------------------------------------------------------------------------------
+# torch's own looks up ops by name; without these it would miss the first map of a model, and its gradients.
+
+
+def _product_flop(image: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(image) * weight[0]  # each value of the picture meets each column of the bottleneck once
+
+
+def _weight_gradient_flop(grad: tuple[int, ...], image: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(image) * grad[2]
+
+
+def _image_gradient_flop(grad: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(grad) * weight[1]
+
+
+for _name, _formula in (
+    ("patch_project", _product_flop),
+    ("patch_weight_gradient", _weight_gradient_flop),
+    ("patch_image_gradient", _image_gradient_flop),
+):
+    register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), _name))(_formula)

@@ -269,6 +269,8 @@ def _checked_noise(
     batch = image.shape[0]
     if not t.is_floating_point() or tuple(t.shape) != (batch,):
         raise ValueError(f"t must be floating of shape ({batch},), got {t.dtype} of shape {tuple(t.shape)}")
+    if not isinstance(noise_seed, Tensor):  # a number would recompile each step, and be baked into a CUDA graph
+        raise TypeError(f"noise_seed must be an int64 tensor with one element, got {type(noise_seed).__name__}")
     if noise_seed.dtype != torch.int64 or noise_seed.numel() != 1:
         raise ValueError(
             f"noise_seed must be an int64 tensor with one element, got {noise_seed.dtype} of shape "

@@ -29,8 +29,10 @@ def rows_of(table: Table, arch: int) -> Iterator[tuple[int, Config]]:
     yield from table.get(arch, table[0])
 
 
-def products(arch: int, pixels: str, noise: bool, patch: int = 32, *, every: bool = False) -> Iterator[tuple[str, Build]]:
-    """Forward and weight's gradient in bfloat16 with float32 partial sums; the widest row of the table, or every one."""
+def products(
+    arch: int, pixels: str, noise: bool, patch: int = 32, *, every: bool = False
+) -> Iterator[tuple[str, Build]]:
+    """Forward and weight's gradient in bfloat16 with float32 partial sums; the table's widest row, or every one."""
     align = 16 if patch % 4 == 0 else 4
     constants = {"P": patch, "NOISE": noise, "FOURS": patch % 4 == 0, "PARTIAL": True, "ALIGN": align, "sw": 1}
     constants["PIXELS"] = 16 if patch % 4 == 0 else 2
@@ -41,7 +43,7 @@ def products(arch: int, pixels: str, noise: bool, patch: int = 32, *, every: boo
         kernel = getattr(_patch_embed_kernels, f"{name}_kernel")
         types = signature(kernel, image_ptr=PIXELS[pixels], out_ptr="*fp32")
         bias = {"BIAS": False} if name == "project" else {}
-        rows = list(rows_of(launch.product_table(tables, noise, patch), arch))
+        rows = list(rows_of(launch.product_table(tables, noise, patch, 1), arch))
         for limit, config in rows if every else rows[-1:]:
             made = build(kernel, types, {**constants, **bias}, config, arch)
             yield f"{name} {pixels} noise={noise} patch {patch} up to {limit}", made
@@ -71,7 +73,9 @@ def streams(arch: int) -> Iterator[tuple[str, Build]]:
             made = build(kernel, signature(kernel, image_ptr=PIXELS[pixels]), constants, config, arch)
             yield f"loss {pixels} {config.tile}", made
     kernel, config = _pixel_loss_kernels._scale_kernel, _pixel_loss_kernels.SCALE[0][0][1]
-    yield "scale", build(kernel, signature(kernel), {"IN_PLACE": True, "ALIGN": 16}, config, arch)
+    for in_place in (True, False):
+        made = build(kernel, signature(kernel), {"IN_PLACE": in_place, "ALIGN": 16}, config, arch)
+        yield f"scale in_place={in_place}", made
     kernel, config = _patch_embed_kernels.sum_parts_kernel, launch.SUM_PARTS[0][0][1]
     types = signature(kernel, parts_ptr="*fp32")
     yield "sum_parts", build(kernel, types, {"BIAS": False, "ALIGN": 16}, config, arch)

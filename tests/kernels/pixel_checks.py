@@ -97,7 +97,9 @@ def near(actual: Tensor, formula: Tensor, exact: Tensor) -> None:
     # Twice the formula's error, and one rounding of the largest value; float32 sums in another order: eight.
     ulps = 8 if actual.dtype == torch.float32 else 1
     allowed = 2 * plain + ulps * torch.finfo(actual.dtype).eps * size
-    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g} (plain PyTorch {plain:.3g}, values to {size:.3g})"
+    assert error <= allowed, (
+        f"error {error:.3g}, allowed {allowed:.3g} (plain PyTorch {plain:.3g}, values to {size:.3g})"
+    )
 
 
 def check_loss(case: Case, kind: str, dtype: torch.dtype, device: str) -> None:

@@ -31,7 +31,9 @@ def in_velocity_space(tokens: Tensor, image: Tensor, t_min: float = 0.05) -> Ten
     tokens, image, t = tokens.double(), image.double(), T.double()
     noisy = add_noise(image, philox_normal(torch.tensor(1), tuple(image.shape)).double(), t)
     predicted = unpatchify(tokens, 4, 8, 12)
-    return (velocity(noisy, predicted, t, t_min=t_min) - velocity(noisy, image, t, t_min=t_min)).square().mean((1, 2, 3))
+    return (
+        (velocity(noisy, predicted, t, t_min=t_min) - velocity(noisy, image, t, t_min=t_min)).square().mean((1, 2, 3))
+    )
 
 
 # --- values and gradients ----------------------------------------------------------------------------------------

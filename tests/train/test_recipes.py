@@ -94,7 +94,9 @@ def test_prx_presets_equal_the_recipe(recipe: Recipe, expected: dict[str, object
 def test_the_two_stages_are_the_presets() -> None:
     whole = prx_24h()
     assert isinstance(whole, TwoStages)
-    assert (whole.stage1, whole.stage2) == (prx_512(), prx_1024())
+    for stage, preset in ((whole.stage1, prx_512()), (whole.stage2, prx_1024())):
+        assert replace(stage, output=preset.output) == preset
+    assert (whole.stage1.output.name, whole.stage2.output.name) == ("prx-24h/stage-1", "prx-24h/stage-2")
 
 
 def test_tokens_of_the_stages() -> None:
