@@ -53,7 +53,16 @@ _ALL = (
     Peer("plain", "the plain PyTorch definition, eager"),
     Peer("plain compiled", "the plain PyTorch definition through torch.compile"),
     Peer("torch.optim.Muon", "torch's own Muon", torch_attribute="optim.Muon"),
+    Peer("muon-fsdp2", "zeropower_via_newtonschulz5, Muon", module="muon_fsdp2", distribution="muon-fsdp2"),
+    Peer(
+        "gram-newton-schulz",
+        "GramNewtonSchulz with its CuTeDSL kernels",
+        module="gram_newton_schulz",
+        distribution="gram-newton-schulz",
+        minimum_capability=(9, 0),
+    ),
     Peer("diffusers", "PRXTransformer2DModel", module="diffusers", distribution="diffusers"),
+    Peer("einops", "rearrange", module="einops", distribution="einops"),
     Peer("timm", "PatchEmbed", module="timm", distribution="timm"),
     Peer(
         "varlen",

@@ -1,0 +1,187 @@
+"""Newton-Schulz for Muon: the symmetric product alone, each PRX shape, all 112 matrices, and what an owner holds.
+
+Rates are "effective": the operations of the plain form (20n²m + 10n³ for five steps, two an n·n·m multiply-add) over
+the time taken, whatever a way really multiplies; so they compare like times, and can exceed the matrix rate.
+All ways run Jordan's polynomial, and are checked by it in float64.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import prx_kernels
+from benchmarks.machine import device
+from benchmarks.measure import Measure
+from benchmarks.peers import require
+from benchmarks.roofline import Cost, linear, prx_muon_shapes
+from benchmarks.roofline import newton_schulz as newton_schulz_flop
+
+GPU = torch.cuda.is_available()
+JORDAN = (3.4445, -4.7750, 2.0315)
+SCALE = 1 if GPU else 56
+"""PRX's shapes are divided by this on a CPU."""
+PRX = [(rows // SCALE, columns // SCALE) for rows, columns in prx_muon_shapes()]
+SHAPES = sorted(set(PRX)) if GPU else sorted(set(PRX))[:2]
+
+Matrices = list[Tensor]
+
+
+def lists() -> dict[str, list[tuple[int, int]]]:
+    """What is orthogonalised together: one shape, all of the model, what one of 32 ranks owns."""
+    found = {f"4 of {rows}x{columns}": [(rows, columns)] * 4 for rows, columns in SHAPES}
+    found["all 112 of PRX"] = PRX if GPU else PRX[:7]
+    # Largest first round the owners, as 1 to 8 matrices of mixed shapes fall to a rank.
+    mixed = sorted(PRX, key=lambda shape: -newton_schulz_flop([shape], "gram"))
+    for count in (1, 2, 3, 4, 6, 8) if GPU else (3,):
+        found[f"an owner's {count}"] = [mixed[i * len(mixed) // count] for i in range(count)]
+    return found
+
+
+LISTS = lists()
+
+
+def plain(matrices: Matrices) -> Matrices:
+    """Five steps in bf16, the matrices of a shape in one batch through cuBLAS: what most Muons do, batched."""
+    return _by_shape(matrices, _plain_batch)
+
+
+def serial(matrices: Matrices) -> Matrices:
+    """torch.optim.Muon's own, one matrix after the other."""
+    from torch.optim._muon import _zeropower_via_newtonschulz
+
+    return [_zeropower_via_newtonschulz(m, JORDAN, 5, 1e-7) for m in matrices]
+
+
+def muon_fsdp2(matrices: Matrices) -> Matrices:
+    from muon_fsdp2 import zeropower_via_newtonschulz5
+
+    return [zeropower_via_newtonschulz5(m, 5) for m in matrices]
+
+
+def ours(matrices: Matrices) -> Matrices:
+    return prx_kernels.newton_schulz(matrices)
+
+
+def gram_newton_schulz() -> Callable[[Matrices], Matrices]:
+    """Its own kernels and restart, without its CUDA graphs: the harness makes its own."""
+    from gram_newton_schulz import GramNewtonSchulz
+
+    run = GramNewtonSchulz(
+        ns_coefficients=[list(JORDAN)] * 5,
+        gram_newton_schulz_reset_iterations=[3],
+        compile_kwargs={"fullgraph": True},
+    )
+    return lambda matrices: _by_shape(matrices, run)
+
+
+def _plain_batch(batch: Tensor) -> Tensor:
+    x = batch.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, b, c = JORDAN
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _by_shape(matrices: Matrices, run: Callable[[Tensor], Tensor]) -> Matrices:
+    groups: dict[torch.Size, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        groups.setdefault(matrix.shape, []).append(i)
+    results: dict[int, Tensor] = {}
+    for members in groups.values():
+        made = run(torch.stack([matrices[i] for i in members]))
+        results |= dict(zip(members, made.unbind(0), strict=True))
+    return [results[i] for i in range(len(matrices))]
+
+
+def exact(matrix: Tensor) -> Tensor:
+    """The polynomial in float64."""
+    x = matrix.double()
+    tall = x.shape[0] > x.shape[1]
+    x = x.mT if tall else x
+    x = x / (x.norm() + 1e-7)
+    a, b, c = JORDAN
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+WAYS: dict[str, Callable[[], Callable[[Matrices], Matrices]]] = {
+    "plain, cuBLAS, a batch a shape": lambda: plain,
+    "torch.optim.Muon": lambda: serial,
+    "muon-fsdp2": lambda: muon_fsdp2,
+    "gram-newton-schulz": gram_newton_schulz,
+    "ours": lambda: ours,
+}
+# Gaussian matrices: fp16 with Jordan's restart stays within 0.005 (KERNELS.md, Numerics); bf16 keeps 8 bits through
+# five steps that each multiply small singular values by 3.4.
+TOLERANCE = {"ours": 0.01, "gram-newton-schulz": 0.01}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", LISTS)
+def test_newton_schulz(measure: Measure, name: str, way: str) -> None:
+    if way in ("torch.optim.Muon", "muon-fsdp2", "gram-newton-schulz"):
+        require(way)
+    if way == "muon-fsdp2" and not GPU:
+        pytest.skip("muon-fsdp2 compiles its loop with Inductor, which takes long on a CPU")
+    shapes = LISTS[name]
+
+    def inputs(seed: int) -> tuple[Any, ...]:
+        generator = torch.Generator(device=device()).manual_seed(seed)
+        return ([torch.randn(shape, generator=generator, device=device()) for shape in shapes],)
+
+    def worst_error(run: Callable[..., Sequence[Tensor]], arguments: tuple[Any, ...]) -> float:
+        made = run(*arguments)
+        first = {shape: i for i, shape in reversed(list(enumerate(shapes)))}
+        truths = {i: exact(arguments[0][i]) for i in first.values()}
+        errors = [float((made[i].double() - truth).norm() / truth.norm()) for i, truth in truths.items()]
+        return max(errors) if all(bool(torch.isfinite(y).all()) for y in made) else float("inf")
+
+    measure(
+        op="Newton-Schulz, Jordan, 5 steps",
+        case=name,
+        way=way,
+        function=WAYS[way](),
+        inputs=inputs,
+        verify=worst_error,
+        cost=Cost(8.0 * sum(rows * columns for rows, columns in shapes), newton_schulz_flop(shapes, "plain")),
+        tolerance=TOLERANCE.get(way, 0.1),
+        ours=way == "ours",
+    )
+
+
+@pytest.mark.parametrize("way", ["bmm", "ours"])
+@pytest.mark.parametrize("batch", (1, 2, 3, 4, 5, 8, 16) if GPU else (1, 2))
+def test_symmetric_product(measure: Measure, batch: int, way: str) -> None:
+    """R² + R at n = 1792 in fp16; operations of the full product, so ours may exceed the matrix rate."""
+    n = 1792 // SCALE
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        x = torch.randn(batch, n, n, generator=torch.Generator(device=device()).manual_seed(seed), device=device())
+        return ((x @ x.mT / n).half(),)
+
+    def square(r: Tensor) -> Tensor:
+        return torch.baddbmm(r, r, r)
+
+    def symmetric(r: Tensor) -> Tensor:
+        return prx_kernels.sym_gemm(r, r, C=r, beta=1.0)
+
+    measure(
+        op=f"symmetric product R*R + R, n = {n}",
+        case=f"batch {batch}",
+        way=way,
+        function=symmetric if way == "ours" else square,
+        inputs=inputs,
+        reference=square,
+        cost=Cost(2.0 * 2 * batch * n * n, batch * linear(n, n, n).flop),
+        tolerance=2e-3,  # one rounding to fp16's 11 bits, and cuBLAS's own order of sums
+        ours=way == "ours",
+    )
