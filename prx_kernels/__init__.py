@@ -3,6 +3,8 @@
 Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definition in `prx_kernels.reference`.
 """
 
+from .muon import Muon
+from .muon_owners import assign_owners
 from .newton_schulz import newton_schulz, zeropower_via_newtonschulz5
 from .pixel_loss import patchify, unpatchify, x_prediction_loss
 from .polar_polynomials import newton_schulz_flop, safe_restarts
@@ -15,7 +17,9 @@ from .token_routing import enter_route, exit_route, gather_tokens, sample_keep, 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Muon",
     "Route",
+    "assign_owners",
     "enter_route",
     "enter_route_modulate",
     "exit_route",
