@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._launch import Config, Table, jit, on_device, tl, tuned
+from ._launch import Config, Table, alignment, jit, on_device, tl, tuned
+from ._routing_kernels import hint
 
 # --- kernels -----------------------------------------------------------------------------------------------------
 
 
 @jit
 def _momentum_kernel(  # type: ignore[no-untyped-def]
-    out_ptr, buffer_ptr, grad_ptr, size, weight, NESTEROV: tl.constexpr, HAS_OUT: tl.constexpr, BLOCK: tl.constexpr
-):
+    out_ptr, buffer_ptr, grad_ptr, size, weight,
+    NESTEROV: tl.constexpr, HAS_OUT: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """buffer += weight·(grad - buffer); out = Nesterov's look-ahead of it. `weight` is 1 - momentum."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
+    mask = at < hint(size, ALIGN)
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
     old = tl.load(buffer_ptr + at, mask=mask, other=0.0).to(tl.float32)
     new = old + weight * (grad - old)
@@ -40,11 +42,11 @@ def _momentum_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _apply_kernel(  # type: ignore[no-untyped-def]
-    param_ptr, update_ptr, lr_ptr, size, ratio, weight_decay, BLOCK: tl.constexpr
+    param_ptr, update_ptr, lr_ptr, size, ratio, weight_decay, ALIGN: tl.constexpr, BLOCK: tl.constexpr
 ):
     """param = param·(1 - lr·weight_decay) - lr·ratio·update, but where the update is not finite."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
+    mask = at < hint(size, ALIGN)
     lr = tl.load(lr_ptr).to(tl.float32)
     param = tl.load(param_ptr + at, mask=mask, other=0.0)
     update = tl.load(update_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -74,8 +76,9 @@ def launch_momentum(
             config = tuned(BLOCK, buffer.element_size(), buffer.device)
             with on_device(buffer):
                 _momentum_kernel[_grid(buffer, config)](
-                    out, buffer, grad, buffer.numel(), 1 - momentum, nesterov, len(outs) > 0, **config.options
-                )
+                    out, buffer, grad, buffer.numel(), 1 - momentum,
+                    NESTEROV=nesterov, HAS_OUT=len(outs) > 0, ALIGN=alignment(buffer.numel()), **config.options,
+                )  # fmt: skip
 
 
 def launch_apply(
@@ -92,8 +95,9 @@ def launch_apply(
             config = tuned(BLOCK, param.element_size(), param.device)
             with on_device(param):
                 _apply_kernel[_grid(param, config)](
-                    param, update, lr, param.numel(), ratio, weight_decay, **config.options
-                )
+                    param, update, lr, param.numel(), ratio, weight_decay,
+                    ALIGN=alignment(param.numel()), **config.options,
+                )  # fmt: skip
 
 
 def _plain(*tensors: Tensor) -> bool:

@@ -38,11 +38,12 @@ class Muon(torch.optim.Optimizer):
     where AdamW does. It is sharded with the parameter, so torch.distributed.checkpoint resumes at any world size. The
     state_dict of a torch.optim.Muon loads.
 
-    Gradients that are not finite: their entries leave the momentum as it was, the matrix they are in is not updated (the
-    other matrices are), and `nonfinite` counts it. AdamW's part is left out whole and counts as one.
+    Gradients that are not finite: their entries leave the momentum as it was, the matrix they are in is not updated
+    (the others are), and `nonfinite`, a tensor on the device, counts it. AdamW's part is left out whole and counts as
+    one.
 
-    Under FSDP2 and HSDP each matrix is orthogonalised by one rank of the mesh, chosen by `assign_owners`. Every rank must
-    call `step` and give all groups alike. A parameter without a gradient on all ranks is not changed.
+    Under FSDP2 and HSDP each matrix is orthogonalised by one rank of the mesh, chosen by `assign_owners`. Every rank
+    must call `step` and give all groups alike. A parameter without a gradient on any rank is not changed.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of these. A group may set `use_muon` (False: AdamW, with
@@ -213,9 +214,9 @@ class Muon(torch.optim.Optimizer):
     # --- the step ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have gradients; on every rank of their meshes. Gives what `closure` gives."""
-        self._cuda_graph_capture_health_check()
+        self._check_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -228,6 +229,15 @@ class Muon(torch.optim.Optimizer):
             meanwhile = self._step_adamw if i == 0 else _nothing
             self.nonfinite += plan.run(self.param_groups, self.state, self._orthogonalise, meanwhile)
         return loss
+
+    def _check_capture(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            for number, group in enumerate(self.param_groups):
+                if not (group["capturable"] and isinstance(group["lr"], Tensor)):
+                    raise RuntimeError(
+                        f"a captured step needs capturable=True and a learning rate in a tensor, "
+                        f"but group {number} has capturable {group['capturable']} and lr {group['lr']}"
+                    )
 
     def _orthogonalise(self, matrices: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         return newton_schulz(
@@ -300,7 +310,8 @@ def check_group(group: Mapping[str, Any]) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be one number, got a tensor of shape {tuple(lr.shape)}")
     for name in ("lr", "weight_decay", "eps"):
-        if not group[name] >= 0:
+        on_device = isinstance(group[name], Tensor) and group[name].device.type != "cpu"
+        if not on_device and not group[name] >= 0:  # a value on the device would have to be waited for
             raise ValueError(f"{name} must not be negative, got {group[name]}")
     if not 0 <= group["momentum"] <= 1:
         raise ValueError(f"momentum must be in [0, 1], got {group['momentum']}")

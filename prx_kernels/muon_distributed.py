@@ -1,8 +1,8 @@
 """Muon's exchange: rows of every matrix go to its owner, rows of its update come back, bucket by bucket.
 
-One uneven all-to-all each way a bucket among the shards; among replicas one all-gather of the updates. While a bucket is
-orthogonalised the next one's rows and the last one's updates travel. Every rank takes part in every collective, in one
-order, whatever it owns or holds: which ones there are depends on shapes and settings alone.
+One uneven all-to-all each way a bucket among the shards; among replicas one all-gather of the updates. While a bucket
+is orthogonalised the next one's rows and the last one's updates travel. Every rank takes part in every collective, in
+one order, whatever it owns or holds: which ones there are depends on shapes and settings alone.
 
 Streams: buffers are made and freed on the current stream, and each is held here until `wait()` made that stream wait
 for its collective. The caching allocator can therefore give their memory only to later work of the same stream.
@@ -29,7 +29,7 @@ class Bucket:
 
     blocks: tuple[int, ...]  # all of the bucket, in one order on every rank
     owned: tuple[int, ...]  # those orthogonalised here
-    # Where this rank's rows of each block lie: the owner's replica, and the slice of what goes to and from that replica.
+    # Where this rank's rows of each block lie: the owner's replica, and the slice of what that replica gets and gives.
     place: dict[int, tuple[int, slice]]
     to_shard: tuple[int, ...]  # elements this rank gives to each shard of its replica, and gets back as updates
     of_shard: tuple[int, ...]  # elements this rank gets of each
@@ -134,7 +134,7 @@ class Exchange:
         sources = [
             part
             for b, update in zip(flight.bucket.owned, updates, strict=True)
-            for part in update.reshape(-1).split([size for size in self._sizes(b) if size])
+            for part in update.reshape(-1).split_with_sizes([size for size in self._sizes(b) if size])
         ]
         if targets:
             torch._foreach_copy_(targets, sources)

@@ -1,7 +1,7 @@
 """Which rank orthogonalises which matrix, and where its rows lie: arithmetic that every rank does alike, nothing sent.
 
-A matrix is whole on one rank only, its owner. Owners are chosen for all matrices at once, the most expensive first, each
-to the rank with the least to do.
+A matrix is whole on one rank only, its owner. Owners are chosen for all matrices at once, the most expensive first,
+each to the rank with the least to do.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch import Tensor
 
 
 def assign_owners(costs: Sequence[float], ranks: int) -> list[int]:
-    """Spread work over ranks, longest processing time first: the fullest rank has at most 4/3 - 1/(3·ranks) of the least.
+    """Spread work over ranks, longest processing time first.
 
-    Graham, "Bounds on multiprocessing timing anomalies", 1969. Ties go to the lower rank and to the earlier item, so
-    that every rank that calls this gets the same owners.
+    The fullest rank has at most 4/3 - 1/(3·ranks) times the work of the fullest one at the best (Graham, "Bounds on
+    multiprocessing timing anomalies", 1969). Ties go to the lower rank and to the earlier item: every rank that calls
+    this gets the same owners.
 
     Args:
         costs: of each item, in any unit, finite and not negative.
@@ -82,8 +83,8 @@ def local(x: Any) -> Tensor:
 def layout_of(param: Any, mesh: Any, label: str) -> Layout:
     """How a parameter lies over ranks, from its placements and from the mesh given to the optimizer.
 
-    A DTensor may have its rows sharded on one mesh dimension and be replicated on one other (FSDP2, HSDP). Dimensions of
-    `mesh` that the parameter's mesh lacks hold replicas. A plain tensor is replicated over the largest dimension of
+    A DTensor may have its rows sharded on one mesh dimension and be replicated on one other (FSDP2, HSDP). Dimensions
+    of `mesh` that the parameter's mesh lacks hold replicas. A plain tensor is replicated over the largest dimension of
     `mesh`, and is this rank's alone where no mesh is given.
 
     Raises:

@@ -52,7 +52,7 @@ class Plan:
         # Buckets between being worked on and being applied: none alone, one among shards, one more among replicas.
         lag = 0 if exchange.alone else 1 if exchange.layout.replicas == 1 else 2
         skipped = torch.zeros((), dtype=torch.int64, device=exchange.device)
-        rates = [learning_rate(group["lr"], exchange.device) for group in groups]
+        rates = {g: learning_rate(groups[g]["lr"], exchange.device) for g in {member.group for member in self.members}}
         self._start(0, groups, states)
         meanwhile()
         for tick in range(count + lag):
@@ -101,7 +101,7 @@ class Plan:
                 updates[i] = update
         self.exchange.give_back(bucket, updates)
 
-    def _apply(self, bucket: int, groups: Sequence[Group], rates: Sequence[Tensor]) -> Tensor:
+    def _apply(self, bucket: int, groups: Sequence[Group], rates: Mapping[int, Tensor]) -> Tensor:
         """Decay and update this rank's rows; the number of blocks that begin here and are not finite."""
         work: dict[int, tuple[list[Tensor], list[Tensor], list[float]]] = {}
         firsts = []
