@@ -125,14 +125,15 @@ def safe_restarts(steps: tuple[Polynomial, ...], dtype: torch.dtype) -> tuple[in
     of one step is the plain iteration and always allowed. Of the paths of safe stages, this is the one with the fewest
     restarts (each costs 3n²m - 3n³), and of those the one whose stages together grow least.
 
-    Jordan ×5 gives (3,) in float16, (2, 4) in bfloat16 and () in float32; Polar Express (2,), (2, 3) and ().
+    Five steps of Jordan give (3,) in float16, (2, 3) in bfloat16, () in float32; of Polar Express (2,), (2, 3), ().
     """
     return _fewest_restarts(steps, _SHIFT * torch.finfo(dtype).eps / 2)
 
 
 # What torch.compiler.assume_constant_result sets, without the second that importing the compiler takes: a compiled
-# caller runs the search once and keeps its result.
-safe_restarts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# caller reads the coefficients and runs the search once, and keeps both results.
+for _constant in (polynomials, safe_restarts):
+    _constant.__dict__["_dynamo_marked_constant"] = True
 
 
 @lru_cache(maxsize=256)

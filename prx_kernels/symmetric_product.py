@@ -72,7 +72,8 @@ def _sym_gemm(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float,
 
 @_sym_gemm.register_kernel("cpu")
 def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float) -> Tensor:
-    return reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma)
+    with torch.autocast("cpu", enabled=False):
+        return reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma)
 
 
 @_sym_gemm.register_fake
@@ -89,7 +90,8 @@ def _sym_gemm_out(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: fl
 @_sym_gemm_out.register_kernel("cpu")
 def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor) -> None:
     _check_overlap(out, A, B, C)
-    out.copy_(reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma))
+    with torch.autocast("cpu", enabled=False):
+        out.copy_(reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma))
 
 
 @_sym_gemm_out.register_fake

@@ -32,12 +32,6 @@ def training_flop(config: PRXConfig, tokens: int, text_tokens: int, routing: Rou
     return 3.0 * forward_flop(config, tokens, text_tokens, routing) - unneeded
 
 
-def newton_schulz_flop(rows: int, columns: int, steps: int = 5) -> float:
-    """Plain Newton-Schulz of one matrix: `steps · (4n²m + 2n³)`, n the smaller side (KERNELS.md, section 2)."""
-    n, m = min(rows, columns), max(rows, columns)
-    return steps * (4.0 * n * n * m + 2.0 * n**3)
-
-
 def _embedding_weights(config: PRXConfig) -> int:
     if config.bottleneck_size is None:
         return config.patch_features * config.hidden_size

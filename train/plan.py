@@ -5,7 +5,8 @@ from dataclasses import asdict
 
 import torch
 
-from prx_model.flops import forward_flop, newton_schulz_flop, training_flop
+from prx_kernels import newton_schulz_flop
+from prx_model.flops import forward_flop, training_flop
 from prx_model.text import ByteTower
 from prx_model.transformer import PRXTransformer
 from train.build import check

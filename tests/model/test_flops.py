@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from prx_kernels import sample_keep
+from prx_kernels import newton_schulz_flop, sample_keep
 from prx_model.config import PRXConfig, Routing, prx_1_2b
-from prx_model.flops import forward_flop, newton_schulz_flop, training_flop
+from prx_model.flops import forward_flop, training_flop
 from prx_model.transformer import PRXTransformer
 
 SMALL = PRXConfig(
