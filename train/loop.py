@@ -22,7 +22,7 @@ from train.data.loader import Batch, batches, fingerprint, open_dataset, open_va
 from train.errors import UserError
 from train.metrics import Display, Metrics, drop_metrics_after
 from train.optimizers import Optimizers, clip_gradients, learning_rate_factor, named_parameters
-from train.parallel import World, any_rank, average_gradients, compile_blocks, precision
+from train.parallel import World, any_rank, average_gradients, compile_blocks, precision, replica_mesh
 from train.pictures import save_grid
 from train.plan import flop_per_image, peak_flops
 from train.randomness import derive_seed
@@ -65,7 +65,7 @@ class Trainer:
         self.validation = open_validation(recipe.data)
         self.modules: Modules = build(recipe, world.device)
         self.parameters = named_parameters(self.modules.trained())
-        self.optimizers = Optimizers(self.parameters, recipe)
+        self.optimizers = Optimizers(self.parameters, recipe, replica_mesh(world))
         self.ema = EMA(self.parameters, decay=recipe.ema.decay, every=recipe.ema.every)
         self.step = 0 if fresh else self._resume()
         compile_blocks(self.modules.model.blocks, recipe.compile, world.device)
@@ -90,7 +90,9 @@ class Trainer:
                     meter.add(loss, norm)
                     if self.step % _LOG_EVERY == 0 or self.step == settings.steps:
                         values = meter.read()
-                        metrics.log(self.step, values | {"train/lr_factor": self._factor(self.step - 1)})
+                        values["train/lr_factor"] = self._factor(self.step - 1)
+                        values["train/skipped_updates"] = self.optimizers.skipped()
+                        metrics.log(self.step, values)
                         display.update(self.step, meter.shown(values))
                     stopping = any_rank(self._stop, self.world)
                     if stopping or self.step % recipe.checkpoint.every == 0 or self.step == settings.steps:
