@@ -6,8 +6,6 @@ the weights and takes the update off them in one pass. No host synchronisation, 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -35,11 +33,6 @@ def momentum_update(
 @momentum_update.register_kernel("cpu")
 def _(grads: list[Tensor], buffers: list[Tensor], outs: list[Tensor], momentum: float, nesterov: bool) -> None:
     for i, (grad, buffer) in enumerate(zip(grads, buffers, strict=True)):
-        if grad.dtype == buffer.dtype == torch.float32 and _moderate(grad):
-            buffer.lerp_(grad, 1 - momentum)
-            if outs:
-                outs[i].copy_(grad.lerp(buffer, momentum) if nesterov else buffer)
-            continue
         new, update = reference.momentum_update(grad, buffer, momentum, nesterov=nesterov)
         buffer.copy_(new)
         if outs:
@@ -69,17 +62,9 @@ def apply_update(
 def _(params: list[Tensor], updates: list[Tensor], ratios: list[float], lr: Tensor, weight_decay: float) -> None:
     rate = float(lr)
     for param, update, ratio in zip(params, updates, ratios, strict=True):
-        if param.dtype == update.dtype == torch.float32 and _moderate(update):
-            param.mul_(1 - rate * weight_decay).add_(update, alpha=-rate * ratio)
-        else:
-            param.copy_(reference.decayed_update(param, update, rate, ratio, weight_decay))
+        param.copy_(reference.decayed_update(param, update, rate, ratio, weight_decay))
 
 
 @apply_update.register_fake
 def _(params: list[Tensor], updates: list[Tensor], ratios: list[float], lr: Tensor, weight_decay: float) -> None:
     return None
-
-
-def _moderate(x: Tensor) -> bool:
-    """Whether all entries are finite with room to spare: no mask is needed then, and a CPU may look before it works."""
-    return x.numel() == 0 or bool(torch.linalg.vector_norm(x, math.inf) < 1e37)
