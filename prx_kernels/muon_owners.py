@@ -131,12 +131,14 @@ def _layout(mesh: Any, shard_dim: int | None, replica_dim: int | None) -> Layout
 
 
 def _other_dims(own: Any, mesh: Any, label: str) -> list[int]:
-    """Dimensions of `mesh` that `own`, a part of it, lacks."""
-    if own == mesh:
+    """Dimensions of `mesh` that `own`, a part of it by its ranks, lacks."""
+    ranks, here = own.mesh.tolist(), mesh.get_coordinate()
+    if ranks == mesh.mesh.tolist():
         return []
-    names, own_names = mesh.mesh_dim_names or (), own.mesh_dim_names or ()
-    if own_names and set(own_names) <= set(names) and mesh[own_names] == own:
-        return [dim for dim, name in enumerate(names) if name not in own_names]
+    for dim in range(mesh.ndim) if here is not None else ():
+        line = mesh.mesh[tuple(slice(None) if d == dim else at for d, at in enumerate(here))]
+        if ranks == line.tolist():
+            return [other for other in range(mesh.ndim) if other != dim]
     raise ValueError(f"distributed_mesh {mesh} does not contain the mesh of {label}, {own}")
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import prx_kernels.muon as muon
 from prx_kernels import Muon
@@ -110,6 +110,7 @@ def assert_follows_one_process(mesh: DeviceMesh) -> None:
     for wire in (torch.float32, torch.bfloat16):
         model = sharded(mesh)
         optimizer = trained(model, wire_dtype=wire)
+        assert len(optimizer._plans) == 1
         if wire == torch.float32 or mesh.size() == 1:  # one rank sends nothing
             assert_same_weights(model, plain)
         for p, q, p0 in zip(model.parameters(), plain.parameters(), start.parameters(), strict=True):
@@ -141,6 +142,8 @@ def replicas_of_a_sharded_mesh(ranks: int, folder: Path) -> None:
     optimizer = trained(model, distributed_mesh=mesh, wire_dtype=torch.float32)
     assert [plan.exchange.layout.ranks for plan in optimizer._plans] == [4]
     assert_same_weights(model, plain)
+    again = trained(sharded(mesh["shard"]), distributed_mesh=mesh["shard"])
+    assert [plan.exchange.layout.ranks for plan in again._plans] == [2]
 
 
 def replicas(ranks: int, folder: Path) -> None:
@@ -170,6 +173,20 @@ def parts_of_a_parameter(ranks: int, folder: Path) -> None:
     plain, model = Weights(), sharded(one_dimension(ranks))
     trained(plain, **settings)
     trained(model, wire_dtype=torch.float32, **settings)
+    assert_same_weights(model, plain)
+
+
+def gradients_that_lie_otherwise(ranks: int, folder: Path) -> None:
+    """Whole gradients of sharded parameters, and a parameter without an entry."""
+    shapes = ((66, 32), (0, 4), (1, 8))
+    plain, model = Weights(shapes), sharded(one_dimension(ranks), shapes)
+    optimizers = [Muon(x.groups(), lr=1e-2, wire_dtype=torch.float32) for x in (plain, model)]
+    for x in (plain, model):
+        x.fill_gradients(0)
+    for p in model.matrices:
+        p.grad = p.grad.redistribute(placements=[Replicate()])
+    for optimizer in optimizers:
+        optimizer.step()
     assert_same_weights(model, plain)
 
 
@@ -219,8 +236,13 @@ def a_gradient_that_is_not_finite(ranks: int, folder: Path) -> None:
 def a_mesh_that_does_not_contain_the_parameters(ranks: int, folder: Path) -> None:
     model = sharded(one_dimension(ranks))
     other = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    with pytest.raises(ValueError, match="does not contain the mesh of 'matrices.0'"):
-        Muon(model.groups(), distributed_mesh=other)
+    half = other["tensor"]
+    for mesh in (other, half):
+        with pytest.raises(ValueError, match="does not contain the mesh of 'matrices.0'"):
+            Muon(model.groups(), distributed_mesh=mesh)
+    columns = distribute_tensor(torch.ones(4, 4), one_dimension(ranks), [Shard(1)])
+    with pytest.raises(ValueError, match=r"needs rows sharded .* but 'w' has placements \(Shard\(dim=1\),\)"):
+        Muon([("w", nn.Parameter(columns))])
 
 
 def save_checkpoint(ranks: int, folder: Path) -> None:
@@ -300,6 +322,7 @@ SCHEDULE: dict[int, tuple[Callable[[int, Path], None], ...]] = {
         replicas_of_a_sharded_mesh,
         fewer_matrices_than_ranks,
         parts_of_a_parameter,
+        gradients_that_lie_otherwise,
         a_parameter_without_gradient,
         a_gradient_that_is_not_finite,
         a_mesh_that_does_not_contain_the_parameters,
