@@ -158,6 +158,27 @@ def replicas(ranks: int, folder: Path) -> None:
         assert_same_on_all(p.detach())
 
 
+def gradients_of_a_backward(ranks: int, folder: Path) -> None:
+    """What FSDP2 itself leaves as gradients, of matrices that its ranks do not divide."""
+    models = []
+    for mesh in (None, one_dimension(ranks)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 7), nn.Tanh(), nn.Linear(7, 1), nn.Linear(1, 3))
+        for layer in (*model, model) if mesh is not None else ():
+            fully_shard(layer, mesh=mesh)
+        groups = [
+            {"params": [p for p in model.parameters() if (p.ndim == 2) == muon], "use_muon": muon}
+            for muon in (True, False)
+        ]
+        optimizer = Muon(groups, lr=0.05, wire_dtype=torch.float32)
+        for step in range(STEPS):
+            model(torch.randn(8, 10, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    assert_same_weights(models[1], models[0])
+
+
 def fewer_matrices_than_ranks(ranks: int, folder: Path) -> None:
     """Three of four ranks own nothing, and two hold no row."""
     shapes = ((2, 8),)
@@ -320,6 +341,7 @@ SCHEDULE: dict[int, tuple[Callable[[int, Path], None], ...]] = {
         hsdp,
         replicas,
         replicas_of_a_sharded_mesh,
+        gradients_of_a_backward,
         fewer_matrices_than_ranks,
         parts_of_a_parameter,
         gradients_that_lie_otherwise,

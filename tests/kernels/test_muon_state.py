@@ -32,16 +32,18 @@ def test_state_is_there_before_the_first_step():
     }
 
 
-@pytest.mark.parametrize("momentum_dtype", [None, torch.bfloat16])
-def test_a_saved_run_goes_on_to_the_bit(momentum_dtype):
-    """bfloat16 momentum too, though torch casts loaded state to the dtype of the parameter."""
+@pytest.mark.parametrize(
+    ("dtype", "momentum_dtype"), [(torch.float32, None), (torch.float32, torch.bfloat16), (torch.bfloat16, None)]
+)
+def test_a_saved_run_goes_on_to_the_bit(dtype, momentum_dtype):
+    """Momentum of another dtype too, though torch casts loaded state to the dtype of the parameter."""
 
     def make(params):
         groups = [{"params": params[:-1]}, {"params": params[-1:], "use_muon": False}]
         return Muon(groups, momentum_dtype=momentum_dtype)
 
     shapes = [*SHAPES, (5,)]
-    through, stopped = parameters(shapes), parameters(shapes)
+    through, stopped = parameters(shapes, dtype), parameters(shapes, dtype)
     run(make(through), through, 6)
     optimizer = make(stopped)
     run(optimizer, stopped, 3)
