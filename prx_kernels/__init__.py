@@ -3,6 +3,8 @@
 Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definition in `prx_kernels.reference`.
 """
 
+from .muon import Muon
+from .muon_owners import assign_owners
 from .newton_schulz import newton_schulz, zeropower_via_newtonschulz5
 from .noise import philox_normal
 from .patch_embed import BottleneckPatchEmbed, patch_embed
@@ -18,7 +20,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BottleneckPatchEmbed",
+    "Muon",
     "Route",
+    "assign_owners",
     "enter_route",
     "enter_route_modulate",
     "exit_route",

@@ -23,7 +23,15 @@ from train.errors import UserError
 from train.meter import Meter
 from train.metrics import Display, Metrics, drop_metrics_after
 from train.optimizers import Optimizers, clip_gradients, learning_rate_factor, named_parameters
-from train.parallel import World, any_rank, average_gradients, compile_blocks, compile_teachers, precision
+from train.parallel import (
+    World,
+    any_rank,
+    average_gradients,
+    compile_blocks,
+    compile_teachers,
+    precision,
+    replica_mesh,
+)
 from train.pictures import save_grid
 from train.randomness import derive_seed
 from train.recipes import Recipe
@@ -73,7 +81,7 @@ class Trainer:
         projectors = {name: teacher for name, teacher in teachers.items() if list(teacher.parameters())}
         self.trained: dict[str, nn.Module] = {**self.modules.trained(), **projectors}
         self.parameters = named_parameters(self.trained)
-        self.optimizers = Optimizers(self.parameters, recipe)
+        self.optimizers = Optimizers(self.parameters, recipe, replica_mesh(world))
         averaged = named_parameters(self.modules.trained())
         self.ema = EMA(averaged, decay=recipe.ema.decay, every=recipe.ema.every)
         self.first_position = 0
@@ -106,7 +114,9 @@ class Trainer:
                     meter.add(parts, norm)
                     if self.step % _LOG_EVERY == 0 or self.step == settings.steps:
                         values = meter.read() | self.stopwatch.read(_LOG_EVERY)
-                        metrics.log(self.step, values | {"train/lr_factor": self._factor(self.step - 1)})
+                        values["train/lr_factor"] = self._factor(self.step - 1)
+                        values["train/skipped_updates"] = self.optimizers.skipped()
+                        metrics.log(self.step, values)
                         display.update(self.step, meter.shown(values))
                     stopping = any_rank(self._stop, self.world)
                     if stopping or self.step % recipe.checkpoint.every == 0 or self.step == settings.steps:

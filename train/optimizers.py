@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from prx_kernels import Muon
 from train.errors import UserError
 from train.recipes import Recipe, Train
 
@@ -33,43 +35,57 @@ def split(parameters: Named, recipe: Recipe) -> tuple[Named, Named]:
 
 
 class Optimizers:
-    """Both optimizers behind one `step`, one `zero_grad` and one state by parameter name."""
+    """Both algorithms in one optimizer, with one schedule and one state by parameter name.
 
-    def __init__(self, parameters: Named, recipe: Recipe) -> None:
+    Args:
+        replicas: ranks that hold the same weights and gradients; each matrix is orthogonalised by one of them.
+    """
+
+    def __init__(self, parameters: Named, recipe: Recipe, replicas: DeviceMesh | None = None) -> None:
         muon, adam = split(parameters, recipe)
-        self.parts: list[tuple[torch.optim.Optimizer, Named, float]] = []
-        if muon:
-            m = recipe.muon
-            optimizer = torch.optim.Muon(
-                [p for _, p in muon],
-                lr=m.lr,
-                weight_decay=m.weight_decay,
-                momentum=m.momentum,
-                nesterov=m.nesterov,
-                ns_coefficients=m.ns_coefficients,
-                ns_steps=m.ns_steps,
-                adjust_lr_fn="match_rms_adamw",
-            )
-            self.parts.append((optimizer, muon, m.lr))
-        a = recipe.adam
-        adamw = torch.optim.AdamW([p for _, p in adam], lr=a.lr, betas=a.betas, eps=a.eps, weight_decay=a.weight_decay)
-        self.parts.append((adamw, adam, a.lr))
+        m, a = recipe.muon, recipe.adam
+        groups: list[dict[str, Any]] = [
+            {"params": muon, "lr": m.lr, "weight_decay": m.weight_decay},
+            {
+                "params": adam,
+                "use_muon": False,
+                "lr": a.lr,
+                "betas": a.betas,
+                "eps": a.eps,
+                "weight_decay": a.weight_decay,
+            },
+        ]
+        self.named = [*muon, *adam]
+        self.optimizer = Muon(
+            [group for group in groups if group["params"]],
+            momentum=m.momentum,
+            nesterov=m.nesterov,
+            ns_coefficients=m.ns_coefficients,
+            ns_steps=m.ns_steps,
+            adjust_lr_fn="match_rms_adamw",
+            distributed_mesh=replicas,
+            # A CPU multiplies float32 as fast as it can and would only be held up by rounding to float16.
+            ns_dtype=torch.float32 if parameters[0][1].device.type == "cpu" else torch.float16,
+        )
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def step(self, factor: float) -> None:
         """Update all parameters at `factor` times their learning rates, then drop the gradients."""
-        for optimizer, _, lr in self.parts:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * factor
-            optimizer.step()
-            optimizer.zero_grad()
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def skipped(self) -> int:
+        """Updates left out so far because they were not finite (`Muon.nonfinite`); waits for the device."""
+        return int(self.optimizer.nonfinite)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every state tensor as "parameter/key"."""
         return {
             f"{name}/{key}": value
-            for optimizer, named, _ in self.parts
-            for name, parameter in named
-            for key, value in optimizer.state[parameter].items()
+            for name, parameter in self.named
+            for key, value in self.optimizer.state[parameter].items()
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -82,14 +98,11 @@ class Optimizers:
         for path, value in state.items():
             name, _, key = path.rpartition("/")
             by_name.setdefault(name, {})[key] = value
-        known = {name for _, named, _ in self.parts for name, _ in named}
-        if set(by_name) != known:
-            odd = sorted(set(by_name) ^ known)
+        odd = sorted(set(by_name) ^ {name for name, _ in self.named})
+        if odd:
             raise UserError(f"optimizer state does not fit this model: {', '.join(odd[:3])}")
-        for optimizer, named, _ in self.parts:
-            groups = optimizer.state_dict()["param_groups"]
-            states: dict[int, Any] = {i: by_name[name] for i, (name, _) in enumerate(named)}
-            optimizer.load_state_dict({"state": states, "param_groups": groups})
+        states: dict[int, Any] = {i: by_name[name] for i, (name, _) in enumerate(self.named)}
+        self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
 def learning_rate_factor(step: int, settings: Train) -> float:

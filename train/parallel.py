@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from prx_model.teachers import Teacher
 from train.errors import UserError
@@ -63,6 +64,11 @@ def finish() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def replica_mesh(world: World) -> DeviceMesh | None:
+    """The ranks that hold the same weights: all of them; nothing for one alone."""
+    return init_device_mesh(world.device.type, (world.size,)) if world.size > 1 else None
 
 
 def precision(settings: Train, device: torch.device) -> AbstractContextManager[object]:
