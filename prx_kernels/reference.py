@@ -5,11 +5,19 @@ benchmarks. Nothing here is tuned.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .matrix_reference import cpu_has_bfloat16 as cpu_has_bfloat16
+from .matrix_reference import decayed_update as decayed_update
+from .matrix_reference import momentum_update as momentum_update
+from .matrix_reference import multiply as multiply
+from .matrix_reference import newton_schulz as newton_schulz
+from .matrix_reference import sym_gemm as sym_gemm
+from .matrix_reference import unit_norm as unit_norm
+from .matrix_reference import widened
 
 # Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, table 2.
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
@@ -164,39 +172,34 @@ def enter_route_modulate(
     Statistics and modulation in float32 (float64 for float64), results in the dtype of x.
     """
     y = gather_tokens(x, keep)
-    normed = F.layer_norm(_wide(y), y.shape[-1:], eps=eps)
-    return y, (normed * (1 + _wide(scale)[:, None]) + _wide(shift)[:, None]).to(x.dtype), x
+    normed = F.layer_norm(widened(y), y.shape[-1:], eps=eps)
+    return y, (normed * (1 + widened(scale)[:, None]) + widened(shift)[:, None]).to(x.dtype), x
 
 
 def modulate_backward(
     grad_y: Tensor, grad_h: Tensor, y: Tensor, scale: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `enter_route_modulate` by y (both paths), shift (accumulation dtype) and scale."""
-    wide = _wide(y)
+    wide = widened(y)
     centred = wide - wide.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     normed = centred * rstd
-    grad = _wide(grad_h) * (1 + _wide(scale)[:, None])
+    grad = widened(grad_h) * (1 + widened(scale)[:, None])
     inner = grad.mean(-1, keepdim=True) + normed * (grad * normed).mean(-1, keepdim=True)
-    rows = _wide(grad_y) + rstd * (grad - inner)
-    return rows.to(y.dtype), _wide(grad_h).sum(1), (_wide(grad_h) * normed).sum(1).to(scale.dtype)
+    rows = widened(grad_y) + rstd * (grad - inner)
+    return rows.to(y.dtype), widened(grad_h).sum(1), (widened(grad_h) * normed).sum(1).to(scale.dtype)
 
 
 def exit_route_gated(y: Tensor, branch: Tensor, gate: Tensor, byp: Tensor, keep: Tensor) -> Tensor:
     """`scatter_tokens(byp, y + gate·branch, keep)`; gate is (batch, C), the sum is formed in float32 or float64."""
-    return scatter_tokens(byp, (_wide(y) + _wide(gate)[:, None] * _wide(branch)).to(y.dtype), keep)
+    return scatter_tokens(byp, (widened(y) + widened(gate)[:, None] * widened(branch)).to(y.dtype), keep)
 
 
 def gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `exit_route_gated` by y, branch and gate."""
     grad_y = gather_tokens(grad, keep)
-    grad_branch = (_wide(gate)[:, None] * _wide(grad_y)).to(branch.dtype)
-    return grad_y, grad_branch, (_wide(grad_y) * _wide(branch)).sum(1).to(gate.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in the dtype that sums are formed in."""
-    return x if x.dtype == torch.float64 else x.float()
+    grad_branch = (widened(gate)[:, None] * widened(grad_y)).to(branch.dtype)
+    return grad_y, grad_branch, (widened(grad_y) * widened(branch)).sum(1).to(gate.dtype)
 
 
 def _row_index(keep: Tensor, x: Tensor) -> Tensor:
@@ -234,7 +237,7 @@ def x_prediction_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int,
         image: (batch, channels, H, W), the clean picture in [-1, 1], or uint8.
         t: (batch,) float32 in [0, 1], 0 is clean.
     """
-    error = _wide(tokens) - patchify(scaled(image), patch_size)
+    error = widened(tokens) - patchify(scaled(image), patch_size)
     return error.square().mean(dim=(1, 2)) / t.float().clamp(min=t_min).square()
 
 
@@ -242,7 +245,7 @@ def x_prediction_loss_gradient(
     tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: float, unit: float
 ) -> tuple[Tensor, Tensor]:
     """Per-sample losses, and `error·unit/max(t, t_min)²` in the dtype of tokens: their gradient for unit 2/elements."""
-    error = _wide(tokens) - patchify(scaled(image), patch_size)
+    error = widened(tokens) - patchify(scaled(image), patch_size)
     weight = t.float().clamp(min=t_min).square().reciprocal()
     gradient = error * (unit * weight)[:, None, None]
     return error.square().mean(dim=(1, 2)) * weight, gradient.to(tokens.dtype)
@@ -250,7 +253,7 @@ def x_prediction_loss_gradient(
 
 def scaled(image: Tensor) -> Tensor:
     """A picture in float32 (float64 for float64), uint8 scaled to [-1, 1]."""
-    return image.float() / 127.5 - 1.0 if image.dtype == torch.uint8 else _wide(image)
+    return image.float() / 127.5 - 1.0 if image.dtype == torch.uint8 else widened(image)
 
 
 # --- patch embedding ---------------------------------------------------------------------------------------------
@@ -269,7 +272,7 @@ def noisy_image(
         return image
     t = t[:, None, None, None]
     eps = philox_normal(noise_seed, tuple(image.shape), sample_ids=sample_ids)
-    return (1 - t) * _wide(image) + t * (noise_scale * eps)
+    return (1 - t) * widened(image) + t * (noise_scale * eps)
 
 
 def patch_project(
@@ -303,119 +306,5 @@ def patch_weight_gradient(
 
 def patch_image_gradient(grad: Tensor, weight: Tensor, t: Tensor | None, image: Tensor, patch_size: int) -> Tensor:
     """Gradient of `patch_project` by image, in its shape and dtype."""
-    pixels = _wide(unpatchify(grad @ weight, patch_size, image.shape[2], image.shape[3]))
+    pixels = widened(unpatchify(grad @ weight, patch_size, image.shape[2], image.shape[3]))
     return (pixels if t is None else (1 - t[:, None, None, None]) * pixels).to(image.dtype).contiguous()
-
-
-# --- orthogonalisation (Muon) ------------------------------------------------------------------------------------
-
-
-def sym_gemm(
-    A: Tensor, B: Tensor, C: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
-) -> Tensor:
-    """`alpha·A·Bᵀ + beta·C + gamma·I` for (..., n, k) operands, the upper triangle mirrored; dtype of A.
-
-    Formed in float32 (float64 for float64) and rounded once. beta = 0 does not read C.
-    """
-    product = alpha * (_wide(A) @ _wide(B).mT)
-    if C is not None and beta != 0.0:
-        product += beta * _wide(C)
-    if gamma != 0.0:
-        product.diagonal(dim1=-2, dim2=-1).add_(gamma)
-    return (product.triu() + product.triu(1).mT).to(A.dtype)
-
-
-def multiply(Q: Tensor, X: Tensor, *, beta: float = 0.0) -> Tensor:
-    """`Q·X + beta·X`, formed in float32 (float64 for float64) and rounded once."""
-    product = _wide(Q) @ _wide(X)
-    return (product + beta * _wide(X) if beta else product).to(X.dtype)
-
-
-def unit_norm(G: Tensor, dtype: torch.dtype, *, eps: float) -> Tensor:
-    """`G / (‖G‖_F + eps)` for each matrix of (..., rows, columns), rounded to `dtype`.
-
-    The norm is taken in float32 (float64 for float64) of G over its largest entry, so that no finite G overflows.
-    """
-    wide = _wide(G)
-    # Below 1e-30 eps outweighs any norm; a divisor that small would make eps / largest overflow.
-    largest = wide.abs().amax((-2, -1), keepdim=True).clamp(min=1e-30)
-    wide = wide / largest
-    norm = torch.linalg.vector_norm(wide, dim=(-2, -1), keepdim=True)
-    unit: Tensor = wide / (norm + eps / largest).clamp(min=1e-30)
-    return unit.to(dtype)
-
-
-def newton_schulz(
-    G: Tensor,
-    steps: Sequence[tuple[float, float, float]],
-    *,
-    restarts: Sequence[int] | None,
-    dtype: torch.dtype,
-    eps: float = 1e-7,
-) -> Tensor:
-    """Newton-Schulz of (..., rows, columns) with `steps` (a, b, c); every product is rounded to `dtype`.
-
-    `restarts=None` is the plain iteration X <- aX + (bA + cA²)X with A = X·Xᵀ; otherwise the Gram form, where R = X·Xᵀ
-    is iterated on its own and formed anew before the steps named in `restarts`.
-    """
-    tall = G.shape[-2] > G.shape[-1]
-    X = unit_norm(G.mT if tall else G, dtype, eps=eps)
-    if restarts is None:
-        for a, b, c in steps:
-            A = sym_gemm(X, X)
-            X = multiply(sym_gemm(A, A, A, alpha=c, beta=b), X, beta=a)
-    else:
-        X = _gram_form(X, steps, restarts)
-    return (X.mT if tall else X).to(G.dtype)
-
-
-def _gram_form(X: Tensor, steps: Sequence[tuple[float, float, float]], restarts: Sequence[int]) -> Tensor:
-    R, Q = sym_gemm(X, X), None
-    for t, (a, b, c) in enumerate(steps):
-        if t in restarts and Q is not None:
-            X = multiply(Q, X)
-            R, Q = sym_gemm(X, X), None
-        Z = sym_gemm(R, R, R, alpha=c, beta=b)
-        Q = Z + a * torch.eye(Z.shape[-1], dtype=Z.dtype, device=Z.device) if Q is None else sym_gemm(Q, Z, Q, beta=a)
-        if t + 1 < len(steps) and t + 1 not in restarts:
-            RZ = sym_gemm(R, Z, R, beta=a)
-            R = sym_gemm(Z, RZ, RZ, beta=a)
-    assert Q is not None
-    return multiply(Q, X)
-
-
-# --- Muon's elementwise passes -----------------------------------------------------------------------------------
-
-
-def momentum_update(grad: Tensor, buffer: Tensor, momentum: float, *, nesterov: bool) -> tuple[Tensor, Tensor]:
-    """New momentum b' = b + (1 - μ)(g - b), and what is orthogonalised: g + μ(b' - g) with Nesterov, else b'.
-
-    An entry whose new momentum is not finite keeps the old one and gives NaN: it is seen, and does not stay.
-
-    Args:
-        grad, buffer: one shape, floating.
-
-    Returns:
-        The new buffer and the update, both float32 (float64 where an argument is).
-    """
-    wide = torch.float64 if torch.float64 in (grad.dtype, buffer.dtype) else torch.float32
-    g, old = grad.to(wide), buffer.to(wide)
-    new = old.lerp(g, 1 - momentum)
-    update = g.lerp(new, momentum) if nesterov else new
-    if _all_finite(new):
-        return new, update
-    finite = new.isfinite()
-    return torch.where(finite, new, old), torch.where(finite, update, math.nan)
-
-
-def decayed_update(param: Tensor, update: Tensor, lr: float, ratio: float, weight_decay: float) -> Tensor:
-    """p(1 - lr·weight_decay) - lr·ratio·update, and p where the update is not finite; float32 (float64 for float64)."""
-    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    p, u = param.to(wide), update.to(wide)
-    new = (p * (1 - lr * weight_decay)).add_(u, alpha=-lr * ratio)
-    return new if _all_finite(u) else torch.where(u.isfinite(), new, p)
-
-
-def _all_finite(x: Tensor) -> bool:
-    """On a CPU, where looking is cheaper than masking: whether the sum of all entries is finite. False elsewhere."""
-    return x.device.type == "cpu" and math.isfinite(x.sum())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from prx_kernels import Muon
+from prx_kernels.reference import cpu_has_bfloat16
 from train.errors import UserError
 from train.recipes import Recipe, Train
 
@@ -64,8 +65,7 @@ class Optimizers:
             ns_steps=m.ns_steps,
             adjust_lr_fn="match_rms_adamw",
             distributed_mesh=replicas,
-            # A CPU multiplies float32 as fast as it can and would only be held up by rounding to float16.
-            ns_dtype=torch.float32 if parameters[0][1].device.type == "cpu" else torch.float16,
+            ns_dtype=_newton_schulz_dtype(parameters[0][1].device),
         )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -103,6 +103,13 @@ class Optimizers:
             raise UserError(f"optimizer state does not fit this model: {', '.join(odd[:3])}")
         states: dict[int, Any] = {i: by_name[name] for i, (name, _) in enumerate(self.named)}
         self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def _newton_schulz_dtype(device: torch.device) -> torch.dtype:
+    """float16 on a GPU. A CPU would only be held up by rounding to it: bfloat16 where it has instructions for that."""
+    if device.type != "cpu":
+        return torch.float16
+    return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
 
 
 def learning_rate_factor(step: int, settings: Train) -> float:

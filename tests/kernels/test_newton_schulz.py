@@ -199,6 +199,8 @@ class Count(TorchDispatchMode):
         self.seen.add(name)
         if name in ("sym_gemm", "sym_gemm_out", "bmm"):
             self.products.append((name, *args[0].shape[:2], args[1].shape[2]))
+        if name == "baddbmm":
+            self.products.append(("bmm", *args[1].shape[:2], args[2].shape[2]))
         return func(*args, **(kwargs or {}))
 
     @property
