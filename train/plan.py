@@ -33,9 +33,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flop_per_image(recipe: Recipe) -> float:
-    """Forward operations of the denoiser for one picture, routing counted, text at its full length."""
+    """Forward operations of the denoiser for one picture, routing counted.
+
+    Frozen text is packed: `MEAN_TOKENS` a caption are assumed. That of the byte tower counts at its full length.
+    """
     tokens = recipe.model.tokens(recipe.data.height, recipe.data.width)
-    return forward_flop(recipe.model, tokens, recipe.text.max_tokens, recipe.routing)
+    frozen = recipe.text.kind == "t5gemma"
+    text_tokens = min(MEAN_TOKENS, recipe.text.max_tokens) if frozen else recipe.text.max_tokens
+    return forward_flop(recipe.model, tokens, text_tokens, recipe.routing)
 
 
 def print_plan(recipe: Recipe | TwoStages, assumed: DryRun) -> None:

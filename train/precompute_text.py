@@ -8,6 +8,7 @@ whole shard. Ranks share the captions by their hash and wait for nobody. Then tr
 """
 
 import sys
+import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 CHUNK = 1024
 """Captions tokenised and sorted by length together: groups of one length are then full."""
+_REPORT_EVERY = 16
 
 
 def main() -> int:
@@ -43,6 +45,8 @@ def main() -> int:
     try:
         for stage in stages:
             print(precompute(stage, world), flush=True)
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command goes on behind the last whole shard") from None
     finally:
         parallel.finish()
     return 0
@@ -69,13 +73,16 @@ def precompute(recipe: Recipe, world: "World", shard_tokens: int | None = None) 
     index = CacheIndex(folder, encoding, missing_allowed=True)
     todo = _missing(recipe, index, encoding, world)
     tower: T5GemmaTower | None = None
-    encoded, tokens = 0, 0
+    encoded, tokens, began = 0, 0, time.monotonic()
     while chunk := list(islice(todo, CHUNK)):
         if tower is None:  # not before there is something to encode
             tower = frozen_tower(text).to(world.device)
         out, lengths = tower.encode(chunk)
         writer.add(chunk, out, lengths)
         encoded, tokens = encoded + len(chunk), tokens + len(out)
+        if world.is_main and encoded % (_REPORT_EVERY * CHUNK) == 0:
+            rate = encoded / (time.monotonic() - began)
+            print(f"rank 0 of {world.size}: {encoded:,} captions, {rate:.0f} captions/s", flush=True)
     writer.flush()
     return (
         f"{folder}: rank {world.rank} of {world.size} encoded {encoded:,} captions ({tokens:,} tokens); "

@@ -20,7 +20,9 @@ from tests.model.tiny_t5gemma import save_t5gemma
 from train.build import build, check
 from train.commandline import DryRun, parse, precompute_command
 from train.data import text_cache
-from train.data.loader import Batch
+from train.data.index import open_images
+from train.data.loader import Batch, open_dataset
+from train.data.readers import ImageDataset
 from train.data.text_cache import CachedText, CacheIndex, Encoding, ShardWriter, cache_bytes, dequantise, quantise
 from train.loop import Trainer
 from train.parallel import World
@@ -30,7 +32,7 @@ from train.recipes import Recipe, prx_512
 from train.trained import load_trained
 
 from .commands import ROOT, TINY, run_program
-from .picture_files import sentence, write_parquet
+from .picture_files import sentence, write_folder, write_parquet
 
 WIDTH, ROWS = 32, 30
 CPU = torch.device("cpu")
@@ -105,8 +107,6 @@ def shards(cache: Path | str) -> list[Path]:
 
 def test_every_caption_that_training_may_draw_is_there_and_none_twice(recipe: Recipe) -> None:
     """30 captions, 10 of a second column, 2 of the validation split and the empty prompt."""
-    from train.data.loader import open_dataset
-
     index = CacheIndex(Path(recipe.text.cache), Encoding.of(recipe.text))
     assert len(index) == ROWS + 10 + 2 + 1
     dataset, source = open_dataset(recipe.data, recipe.train.seed), cached(recipe)
@@ -130,6 +130,24 @@ def overhead(recipe: Recipe) -> int:
         rest += file.stat().st_size - 2 * tokens[0] * tokens[1]
     assert rest < 2000 * len(shards(recipe.text.cache))
     return rest
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_captions_are_those_of_the_split_s_rows_and_no_picture_is_read(tmp_path: Path, kind: str, split: str) -> None:
+    """Rows of both splits mixed, over several row groups; half of the pictures cannot be read."""
+    splits = ["val" if n % 3 == 1 else "train" for n in range(10)]
+    if kind == "parquet":
+        pictures = [b"no picture" if n % 2 else None for n in range(10)]
+        write_parquet(tmp_path / "all.parquet", 10, image=pictures, split=splits, row_group_size=4)
+    else:
+        lines = [{"file_name": f"{n}.png", "caption": f"grey {n}", "split": splits[n]} for n in range(10)]
+        write_folder(tmp_path, lines)
+    index = open_images(tmp_path, split=split)
+    for picture in tmp_path.glob("*.png"):
+        picture.unlink()
+    dataset = ImageDataset(index, height=8, width=8, seed=0, flip=0.5)
+    assert list(dataset.captions()) == [f"grey {n}" for n in range(10) if splits[n] == split]
 
 
 def test_the_same_command_again_encodes_nothing_and_loads_no_encoder(
@@ -170,9 +188,6 @@ def test_a_killed_run_goes_on_behind_its_last_whole_shard(
 
 
 def all_captions(recipe: Recipe) -> Iterator[str]:
-    from train.data.loader import open_dataset
-    from train.data.readers import ImageDataset
-
     dataset = open_dataset(recipe.data, 0)
     assert isinstance(dataset, ImageDataset)
     yield from ("", "a circle", "a square", *dataset.captions())
