@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .packed_text import join_keys, unpack
+
 Backend = Literal["sdpa", "varlen", "flash"]
 BACKENDS: tuple[Backend, ...] = ("sdpa", "varlen", "flash")
 
@@ -33,19 +35,27 @@ def attend(
     text_kv: tuple[Tensor, Tensor],
     mask: Tensor | None,
     backend: Backend,
+    text_places: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of image queries over text and image keys, scaled by 1/sqrt(head_dim).
 
     Args:
         query: (batch, heads, N, head_dim).
         image_kv: keys and values of the image, each (batch, heads, N, head_dim).
-        text_kv: keys and values of the text, each (batch, heads, L, head_dim).
+        text_kv: keys and values of the text, each (batch, heads, L, head_dim); packed: (heads, rows, head_dim).
         mask: (batch, L) bool, True at real text tokens; None where all are real. Padding on any side.
         backend: one of `BACKENDS`; see `check_backend`.
+        text_places: (rows,) int64 where the text is packed (`packed_text.PackedText`); the mask is needed then.
 
     Returns:
         (batch, heads, N, head_dim), dtype of the query.
     """
+    if text_places is not None and mask is not None:
+        if backend != "sdpa":
+            return _attend_packed(query, image_kv, text_kv, mask, backend, text_places)
+        # The kernel wants every sample's keys at one length: rows are moved, which costs less than projecting padding.
+        text_k, text_v = (unpack(t.transpose(0, 1), text_places, *mask.shape).transpose(1, 2) for t in text_kv)
+        text_kv = text_k, text_v
     if backend != "sdpa" and mask is not None:
         # Packed kernels leave the gradient of keys behind the last segment unwritten (empty_like): cut it off here.
         padding = ~mask[:, None, :, None]
@@ -57,12 +67,33 @@ def attend(
         if mask is not None:
             joint = F.pad(mask, (0, image_kv[0].shape[2]), value=True)[:, None, None, :]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=joint)
-    batch, heads, tokens, head_dim = query.shape
     packed_key, packed_value, cu_keys = pack_keys(key, value, mask)
+    return _by_segments(query, packed_key, packed_value, cu_keys, key.shape[2], backend)
+
+
+def _attend_packed(
+    query: Tensor,
+    image_kv: tuple[Tensor, Tensor],
+    text_kv: tuple[Tensor, Tensor],
+    mask: Tensor,
+    backend: Backend,
+    places: Tensor,
+) -> Tensor:
+    """`attend` where the text is packed and the kernel takes packed keys: padding is never made."""
+    parts = zip(text_kv, image_kv, strict=True)
+    (key, cu_keys), (value, _) = (
+        join_keys(text.transpose(0, 1), image.transpose(1, 2), places, mask) for text, image in parts
+    )
+    return _by_segments(query, key, value, cu_keys, mask.shape[1] + query.shape[2], backend)
+
+
+def _by_segments(query: Tensor, key: Tensor, value: Tensor, cu_keys: Tensor, longest: int, backend: Backend) -> Tensor:
+    """Attention of (batch, heads, N, head_dim) queries over packed (rows, heads, head_dim) keys and values."""
+    batch, heads, tokens, head_dim = query.shape
     cu_queries = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
     packed_query = query.transpose(1, 2).reshape(batch * tokens, heads, head_dim)
     kernel = _varlen if backend == "varlen" else _flash
-    out = kernel(packed_query, packed_key, packed_value, cu_queries, cu_keys, tokens, key.shape[2])
+    out = kernel(packed_query, key, value, cu_queries, cu_keys, tokens, longest)
     return out.reshape(batch, tokens, heads, head_dim).transpose(1, 2)
 
 

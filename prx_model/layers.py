@@ -83,20 +83,22 @@ class Attention(nn.Module):
         self.norm_added_k = nn.RMSNorm(head_dim, eps=NORM_EPS)
         self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
 
-    def forward(self, x: Tensor, text: Tensor, rotary: Tensor, text_mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, text: Tensor, rotary: Tensor, text_mask: Tensor | None, text_places: Tensor | None = None
+    ) -> Tensor:
         q, k, v = self._heads(self.img_qkv_proj(x), 3)
         text_k, text_v = self._heads(self.txt_kv_proj(text), 2)
         q = apply_rotary(self.norm_q(q), rotary)
         k = apply_rotary(self.norm_k(k), rotary)
         # Under autocast the norms give float32: all operands of the product must have the values' dtype.
         q, k, text_k = q.to(v.dtype), k.to(v.dtype), self.norm_added_k(text_k).to(v.dtype)
-        out = attend(q, (k, v), (text_k, text_v), text_mask, self.backend)
+        out = attend(q, (k, v), (text_k, text_v), text_mask, self.backend, text_places)
         result: Tensor = self.to_out[0](out.transpose(1, 2).flatten(2))
         return result
 
     def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(batch, tokens, parts·hidden) -> `parts` tensors (batch, heads, tokens, head_dim)."""
-        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        """(batch, tokens, parts·hidden) -> `parts` tensors (batch, heads, tokens, head_dim); packed text: no batch."""
+        return x.unflatten(-1, (parts, self.heads, -1)).movedim(-3, 0).transpose(-3, -2).unbind(0)
 
 
 class Modulation(nn.Module):
@@ -112,7 +114,10 @@ class Modulation(nn.Module):
 
 
 class PRXBlock(nn.Module):
-    """One transformer block: x (batch, N, hidden) in and out; text is read, never written."""
+    """One transformer block: x (batch, N, hidden) in and out; text is read, never written.
+
+    text is (batch, L, hidden), or (rows, hidden) with `text_places` (`packed_text.PackedText`).
+    """
 
     def __init__(self, config: PRXConfig, backend: Backend = "sdpa") -> None:
         super().__init__()
@@ -122,9 +127,17 @@ class PRXBlock(nn.Module):
         self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
         self.modulation = Modulation(config.hidden_size)
 
-    def forward(self, x: Tensor, text: Tensor, temb: Tensor, rotary: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor,
+        temb: Tensor,
+        rotary: Tensor,
+        text_mask: Tensor | None = None,
+        text_places: Tensor | None = None,
+    ) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(temb)
-        x = x + gate_a * self.attention(modulate(x, shift_a, scale_a), text, rotary, text_mask)
+        x = x + gate_a * self.attention(modulate(x, shift_a, scale_a), text, rotary, text_mask, text_places)
         h = modulate(x, shift_m, scale_m)
         return x + gate_m * self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
 

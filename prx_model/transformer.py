@@ -13,6 +13,7 @@ from prx_kernels import enter_route, exit_route, gather_tokens, patch_embed, unp
 from .attention import Backend, check_backend
 from .config import PRXConfig
 from .layers import FinalLayer, PRXBlock, TimeEmbedder, rotary_table
+from .packed_text import PackedText
 
 
 class PRXTransformer(nn.Module):
@@ -57,14 +58,15 @@ class PRXTransformer(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, image: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, t: Tensor, text: Tensor | PackedText, text_mask: Tensor | None = None) -> Tensor:
         """Predict the clean picture.
 
         Args:
             image: (batch, channels, height, width), the noisy picture; both sides multiples of the patch. Image and
                 text are cast to the weights' dtype, t never.
             t: (batch,) or (1,) float32 in [0, 1], 1 is pure noise.
-            text: (batch, L, context_in_dim) embeddings.
+            text: (batch, L, context_in_dim) embeddings, or their real tokens alone (`packed_text.pack`): then the
+                text's linear maps cost what its real tokens cost, and text_mask is not given.
             text_mask: (batch, L) bool, True at real tokens; None where all are real.
 
         Returns:
@@ -78,14 +80,14 @@ class PRXTransformer(nn.Module):
 
     @overload
     def forward_tokens(
-        self, image: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, *,
+        self, image: Tensor, t: Tensor, text: Tensor | PackedText, text_mask: Tensor | None = None, *,
         keep: Tensor | None = None, route: tuple[int, int] | None = None, feature_layer: None = None,
         noise_seed: Tensor | None = None, sample_ids: Tensor | None = None, noise_scale: float = 1.0,
     ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward_tokens(
-        self, image: Tensor, t: Tensor, text: Tensor, text_mask: Tensor | None = None, *,
+        self, image: Tensor, t: Tensor, text: Tensor | PackedText, text_mask: Tensor | None = None, *,
         keep: Tensor | None = None, route: tuple[int, int] | None = None, feature_layer: int,
         noise_seed: Tensor | None = None, sample_ids: Tensor | None = None, noise_scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -94,7 +96,7 @@ class PRXTransformer(nn.Module):
         self,
         image: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: Tensor | PackedText,
         text_mask: Tensor | None = None,
         *,
         keep: Tensor | None = None,
@@ -124,7 +126,9 @@ class PRXTransformer(nn.Module):
         rows, columns = self._check(image, t, text, text_mask, keep, route, feature_layer)
         level = None if noise_seed is None else t.expand(image.shape[0])
         x = self._embed(image, t=level, noise_seed=noise_seed, sample_ids=sample_ids, noise_scale=noise_scale)
-        text = self.txt_in(text.to(self.txt_in.weight.dtype))
+        places = text.places if isinstance(text, PackedText) else None
+        embeddings, text_mask = (text.tokens, text.mask) if isinstance(text, PackedText) else (text, text_mask)
+        context = self.txt_in(embeddings.to(self.txt_in.weight.dtype))
         temb = self.time_in(t)
         rotary = rotary_table(rows, columns, self.config.axes_dim, self.config.theta, image.device)
         start, end = route if route is not None and keep is not None else (-1, -1)
@@ -133,7 +137,7 @@ class PRXTransformer(nn.Module):
             if i == start and keep is not None:
                 x, bypass = enter_route(x, keep)
                 rotary = gather_tokens(dense_rotary.expand(image.shape[0], -1, -1, -1), keep)
-            x = block(x, text, temb, rotary, text_mask)
+            x = block(x, context, temb, rotary, text_mask, places)
             if i == feature_layer:
                 features = x
             if i == end and keep is not None:
@@ -151,7 +155,7 @@ class PRXTransformer(nn.Module):
         self,
         image: Tensor,
         t: Tensor,
-        text: Tensor,
+        text: Tensor | PackedText,
         text_mask: Tensor | None,
         keep: Tensor | None,
         route: tuple[int, int] | None,
@@ -166,9 +170,11 @@ class PRXTransformer(nn.Module):
         config.tokens(height, width)
         if t.ndim != 1 or t.shape[0] not in (1, batch):
             raise ValueError(f"t must be (batch,) or (1,) for a batch of {batch}, got {tuple(t.shape)}")
-        if text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.context_in_dim:
+        if isinstance(text, PackedText):
+            _check_packed(text, text_mask, batch, config.context_in_dim)
+        elif text.ndim != 3 or text.shape[0] != batch or text.shape[2] != config.context_in_dim:
             raise ValueError(f"text must be ({batch}, L, {config.context_in_dim}), got {tuple(text.shape)}")
-        if text_mask is not None and (text_mask.shape != text.shape[:2] or text_mask.dtype != torch.bool):
+        elif text_mask is not None and (text_mask.shape != text.shape[:2] or text_mask.dtype != torch.bool):
             raise ValueError(
                 f"text_mask must be bool of shape {tuple(text.shape[:2])}, "
                 f"got {text_mask.dtype} of shape {tuple(text_mask.shape)}"
@@ -180,3 +186,17 @@ class PRXTransformer(nn.Module):
         if feature_layer is not None and not 0 <= feature_layer < depth:
             raise ValueError(f"feature_layer {feature_layer} must be a block index within 0 … {depth - 1}")
         return height // config.patch_size, width // config.patch_size
+
+
+def _check_packed(text: PackedText, text_mask: Tensor | None, batch: int, width: int) -> None:
+    """Refuse packed text that is not of this batch or width, or that comes with a second mask."""
+    if text_mask is not None:
+        raise ValueError("text_mask goes with padded text; packed text holds its own mask")
+    tokens, places, mask = text
+    if tokens.ndim != 2 or tokens.shape[1] != width or places.shape != tokens.shape[:1] or places.dtype != torch.int64:
+        raise ValueError(
+            f"packed text must be tokens (rows, {width}) and places (rows,) int64, "
+            f"got {tuple(tokens.shape)} and {places.dtype} of shape {tuple(places.shape)}"
+        )
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.dtype != torch.bool:
+        raise ValueError(f"packed text's mask must be bool ({batch}, L), got {mask.dtype} of shape {tuple(mask.shape)}")

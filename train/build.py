@@ -1,24 +1,28 @@
 """From a recipe to its modules: denoiser and text tower, initialised from the run's seed."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from prx_model.attention import check_backend
+from prx_model.packed_text import PackedText, pack
 from prx_model.text import ByteTower, T5GemmaTower
 from prx_model.transformer import PRXTransformer
+from train.commandline import precompute_command
+from train.data.text_cache import CachedText, Encoding
 from train.errors import UserError
 from train.randomness import derive_seed
-from train.recipes import Recipe
+from train.recipes import Recipe, Text
 
 
 @dataclass
 class Modules:
-    """The denoiser and its text tower."""
+    """The denoiser and its text tower, or the cache in the tower's place."""
 
     model: PRXTransformer
-    tower: ByteTower | T5GemmaTower
+    tower: ByteTower | T5GemmaTower | CachedText
 
     def trained(self) -> dict[str, nn.Module]:
         """Modules with weights of their own; a frozen tower is none of them."""
@@ -26,6 +30,13 @@ class Modules:
 
     def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Embeddings (batch, L, width) and mask (batch, L) bool of captions, on the tower's device."""
+        text = self.text(captions)
+        return text.padded() if isinstance(text, PackedText) else text
+
+    def text(self, captions: list[str]) -> PackedText | tuple[Tensor, Tensor]:
+        """What the denoiser takes: frozen embeddings packed, those of a trained tower padded, with their mask."""
+        if not isinstance(self.tower, ByteTower):
+            return pack(*self.tower.encode(captions))
         device = next(self.tower.parameters()).device
         ids, mask = self.tower.tokenize(captions)
         mask = mask.to(device, non_blocking=True)
@@ -45,13 +56,13 @@ def build(recipe: Recipe, device: torch.device) -> Modules:
         raise UserError(f"train.attention: {error}") from None
     model = PRXTransformer(recipe.model, attention=recipe.train.attention)
     model.init_weights(torch.Generator().manual_seed(derive_seed(recipe.train.seed, purpose="weights")))
-    tower = _tower(recipe)
+    tower = _tower(recipe, device)
     if tower.width != recipe.model.context_in_dim:
         raise UserError(
             f"the text tower gives {tower.width} features but model.context_in_dim is {recipe.model.context_in_dim}; "
             f"set --model.context-in-dim {tower.width}"
         )
-    return Modules(model.to(device), tower.to(device))
+    return Modules(model.to(device), tower if isinstance(tower, CachedText) else tower.to(device))
 
 
 def check(recipe: Recipe) -> None:
@@ -82,19 +93,35 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"repa.layer {recipe.repa.layer} must be a block of the model, 0 to {model.depth - 1}")
     if recipe.repa.enabled and recipe.repa.projector_layers < 1:
         raise UserError(f"repa.projector_layers must be at least 1, got {recipe.repa.projector_layers}")
+    text = recipe.text
+    if text.kind == "bytes" and (text.cache or text.revision):
+        raise UserError("text.cache and text.revision are T5Gemma's; give --text.kind t5gemma, or leave them out")
+    if text.storage != "bf16" and not text.cache:
+        raise UserError(f"text.storage {text.storage!r} is how a cache holds embeddings; give --text.cache too")
     if recipe.text.kind == "bytes" and model.context_in_dim % recipe.text.num_heads:
         raise UserError(
             f"text.num_heads {recipe.text.num_heads} must divide model.context_in_dim {model.context_in_dim}"
         )
 
 
-def _tower(recipe: Recipe) -> ByteTower | T5GemmaTower:
+def frozen_tower(text: Text) -> T5GemmaTower:
+    """The frozen encoder of a text section, on the CPU.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return T5GemmaTower(text.name, revision=text.revision or None, max_tokens=text.max_tokens)
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error)) from None
+
+
+def _tower(recipe: Recipe, device: torch.device) -> ByteTower | T5GemmaTower | CachedText:
     text = recipe.text
     if text.kind == "bytes":
         tower = ByteTower(recipe.model.context_in_dim, text.depth, text.num_heads, text.max_tokens)
         tower.init_weights(torch.Generator().manual_seed(derive_seed(recipe.train.seed, purpose="tower weights")))
         return tower
-    try:
-        return T5GemmaTower(text.name, max_tokens=text.max_tokens)
-    except (ValueError, ImportError) as error:
-        raise UserError(str(error)) from None
+    if text.cache:
+        return CachedText(Path(text.cache), Encoding.of(text), device, precompute_command(recipe))
+    return frozen_tower(text)

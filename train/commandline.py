@@ -1,6 +1,7 @@
 """The command line of `speedrun.py`: a preset, then `--section.field value`; read before torch is imported."""
 
 import io
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
@@ -56,6 +57,19 @@ def parse(arguments: Sequence[str]) -> Command:
     else:
         _check_names(words, recipe)
     return Command(_parse_fields(words, recipe, preset), dry_run)
+
+
+def precompute_command(recipe: Recipe) -> str:
+    """What a user types to write the text cache of a recipe: its data and text fields that the preset does not have."""
+    usual = PRESETS[recipe.preset]()
+    words = ["python", "train/precompute_text.py", recipe.preset]
+    for section in ("data", "text"):
+        for item in fields(getattr(recipe, section)):
+            value = getattr(getattr(recipe, section), item.name)
+            if value != getattr(getattr(usual, section), item.name):
+                listed = value if isinstance(value, tuple) else (value,)
+                words += [f"--{section}.{item.name.replace('_', '-')}", *map(str, listed)]
+    return shlex.join(words)
 
 
 def field_names(settings: Any, prefix: str = "") -> Iterator[str]:

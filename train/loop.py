@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prx_kernels import sample_keep, x_prediction_loss
 from prx_model import flow
 from prx_model.ema import EMA
+from prx_model.packed_text import PackedText
 from train import checkpoint, evaluate
 from train.build import Modules, build
 from train.data.loader import Batch, batches, fingerprint, open_dataset, open_validation
@@ -155,7 +156,8 @@ class Trainer:
         image = batch.image  # uint8: scaled, and noised for the model, where it is read
         t = self._sample_t(ids, self._seed("t"))
         with self.stopwatch.span("text"):
-            text, mask = self.modules.encode(self._captions(batch))
+            encoded = self.modules.text(self._captions(batch))
+            text, mask = (encoded, None) if isinstance(encoded, PackedText) else encoded
         keep, route = None, None
         if recipe.routing.enabled:
             tokens = recipe.model.tokens(*image.shape[2:])

@@ -11,11 +11,17 @@ from prx_model.text import ByteTower
 from prx_model.transformer import PRXTransformer
 from train.build import check
 from train.commandline import DryRun
+from train.data.loader import open_dataset, open_validation
+from train.data.readers import ImageDataset
+from train.data.text_cache import MEAN_TOKENS, cache_bytes
 from train.optimizers import Named, named_parameters, split
 from train.recipes import Recipe, TwoStages
 
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
 """Dense bf16 rate on the data sheet, TFLOP/s, by a part of the device's name."""
+
+RECIPE_CAPTIONS = 8_700_000
+"""flux_generated 1.7 M, FLUX-Reason-6M and midjourney-v6-llava 1 M, one caption each (RECIPE.md, "data")."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -27,9 +33,14 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def flop_per_image(recipe: Recipe) -> float:
-    """Forward operations of the denoiser for one picture, routing counted, text at its full length."""
+    """Forward operations of the denoiser for one picture, routing counted.
+
+    Frozen text is packed: `MEAN_TOKENS` a caption are assumed. That of the byte tower counts at its full length.
+    """
     tokens = recipe.model.tokens(recipe.data.height, recipe.data.width)
-    return forward_flop(recipe.model, tokens, recipe.text.max_tokens, recipe.routing)
+    frozen = recipe.text.kind == "t5gemma"
+    text_tokens = min(MEAN_TOKENS, recipe.text.max_tokens) if frozen else recipe.text.max_tokens
+    return forward_flop(recipe.model, tokens, text_tokens, recipe.routing)
 
 
 def print_plan(recipe: Recipe | TwoStages, assumed: DryRun) -> None:
@@ -77,7 +88,34 @@ def _print_stage(recipe: Recipe, assumed: DryRun) -> float:
         f"{assumed.peak_tflops:g} TFLOP/s: {seconds * 1e3:.1f} ms a step, {hours:.2f} h, "
         f"${hours * assumed.gpus * assumed.dollars_per_hour:,.0f} at ${assumed.dollars_per_hour:g} a GPU-hour"
     )
+    if recipe.text.kind == "t5gemma":
+        print(f"  {text_cache_line(recipe)}")
     return hours
+
+
+def text_cache_line(recipe: Recipe) -> str:
+    """How large the cache of embeddings is, or would be, and what that assumes."""
+    captions, source = RECIPE_CAPTIONS, "RECIPE.md's data; --data.path counts yours"
+    if recipe.data.path:
+        sets = [open_dataset(recipe.data, recipe.train.seed), open_validation(recipe.data)]
+        rows = sum(len(images) for images in sets if isinstance(images, ImageDataset))
+        captions, source = rows * len(recipe.data.caption_columns), f"those of {recipe.data.path}"
+    width, storage = recipe.model.context_in_dim, recipe.text.storage
+    size = cache_bytes(captions, width, storage)
+    padded = cache_bytes(captions, width, storage, recipe.text.max_tokens)
+    return (
+        f"text cache: {captions:,} captions ({source}) at {MEAN_TOKENS} tokens each, assumed, of width {width} in "
+        f"{storage}: {_size(size)} ({_size(padded)} padded to {recipe.text.max_tokens})"
+    )
+
+
+def _size(count: float) -> str:
+    """Bytes in decimal units, one digit behind the point."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def _memory(recipe: Recipe, parameters: Named, has_muon: bool, tokens: int, gpus: int) -> tuple[float, float]:

@@ -40,7 +40,13 @@ class Text:
     kind: Literal["bytes", "t5gemma"] = "t5gemma"
     name: str = "google/t5gemma-2b-2b-ul2"
     """Hub name or folder (t5gemma)."""
+    revision: str = ""
+    """Hub revision (t5gemma); the newest unless given."""
     max_tokens: int = 256
+    cache: str = ""
+    """Folder of embeddings written by train/precompute_text.py (t5gemma); the encoder is not loaded then."""
+    storage: Literal["bf16", "fp8", "int8"] = "bf16"
+    """How the cache holds them; fp8 and int8 with a scale a token."""
     depth: int = 1
     """Blocks of the byte tower."""
     num_heads: int = 8

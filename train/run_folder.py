@@ -20,7 +20,16 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 
 # Settings that do not change what is computed up to the step reached: a run may go on with other values.
-_FREE = ("output.", "evaluation.", "checkpoint.", "data.path", "data.workers", "train.steps", "train.cooldown")
+_FREE = (
+    "output.",
+    "evaluation.",
+    "checkpoint.",
+    "data.path",
+    "data.workers",
+    "text.cache",
+    "train.steps",
+    "train.cooldown",
+)
 
 
 def run_folder(recipe: Recipe) -> Path:

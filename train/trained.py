@@ -1,6 +1,6 @@
 """A trained model from a run's folder or one of its checkpoints, ready to draw."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +37,8 @@ def load_trained(path: Path, device: torch.device, *, weights: Literal["ema", "r
     """
     saved, folder = _find(path)
     recipe = read_config(folder)
+    # Prompts are anyone's: they are encoded, and not looked for in the cache of the training captions.
+    recipe = replace(recipe, text=replace(recipe.text, cache="", storage="bf16"))
     modules = build(recipe, device)
     for name, module in modules.trained().items():
         prefix = f"{name}."

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prx_model import ByteTower, T5GemmaTower
 from prx_model.convert import byte_tower_to_t5
+from tests.model.tiny_t5gemma import save_t5gemma, save_tokenizer
 
 CAPTIONS = [
     "a red circle on a blue background, top left",
@@ -117,64 +118,11 @@ WIDTH, MAX_TOKENS = 32, 12
 PROMPTS = ["a red circle", "", "a blue square on a red background, bottom right, and more words than fit into it"]
 
 
-def save_tokenizer(folder: Path) -> None:
-    """A byte-level BPE trained here, saved as one that pads and cuts on the wrong side."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel()
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(["a red circle on a blue background", "a blue square, top left"], trainer)
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), special, strict=True)),
-        padding_side="left",
-        truncation_side="left",
-    )
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.nn.Module]:
     """A tiny random T5Gemma, encoder and decoder, saved as the hub's checkpoints are; and the model itself."""
-    from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration, T5GemmaModuleConfig
-
     folder = tmp_path_factory.mktemp("t5gemma")
-    save_tokenizer(folder)
-    module = {
-        "vocab_size": 320,
-        "hidden_size": WIDTH,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 8,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
-    }
-    config = T5GemmaConfig(
-        encoder=T5GemmaModuleConfig(**module),
-        decoder=T5GemmaModuleConfig(**module),
-        vocab_size=320,
-        dropout_rate=0.3,
-    )
-    model = T5GemmaForConditionalGeneration(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2, generator=generator)
-    model.save_pretrained(folder)
-    return folder, model
+    return folder, save_t5gemma(folder, WIDTH)
 
 
 def load(saved: tuple[Path, torch.nn.Module], dtype: torch.dtype = torch.float32) -> T5GemmaTower:
@@ -258,6 +206,95 @@ def test_t5gemma_loads_an_encoder_saved_alone(saved: tuple[Path, torch.nn.Module
     both, alone = load(saved), T5GemmaTower(str(tmp_path), max_tokens=MAX_TOKENS, dtype=torch.float32)
     tokens = both.tokenize(PROMPTS)
     assert torch.equal(both(*tokens), alone(*tokens))
+
+
+# --- T5Gemma: real tokens only ------------------------------------------------------------------------------------
+
+WORDS = [
+    "a",
+    "red",
+    "blue",
+    "circle",
+    "square",
+    "on",
+    "background",
+    "top",
+    "left",
+    "small",
+    "large",
+    "and",
+    "the",
+    "of",
+]
+
+
+def many_captions(count: int, longest: int = 90) -> list[str]:
+    """Captions of 0 to `longest` words, most of them short."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = (longest * torch.rand(count, generator=generator) ** 2).int().tolist()
+    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator).tolist()) for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def long_tower(saved: tuple[Path, torch.nn.Module]) -> T5GemmaTower:
+    """Captions of up to 128 tokens, in bfloat16."""
+    return T5GemmaTower(str(saved[0]), max_tokens=128)
+
+
+def test_encoding_real_tokens_gives_the_padded_form_s_embeddings(saved: tuple[Path, torch.nn.Module]) -> None:
+    tower = T5GemmaTower(str(saved[0]), max_tokens=128, dtype=torch.float32)
+    captions = many_captions(21)
+    tokens, lengths = tower.encode(captions)
+    ids, mask = tower.tokenize(captions)
+    padded = tower(ids, mask)
+    assert lengths == mask.sum(dim=1).tolist()
+    assert min(lengths) < 32 < 96 < max(lengths), "else there is only one group"
+    assert tokens.shape == (sum(lengths), WIDTH)
+    # Softmax over fewer keys: float32 rounding, as above.
+    torch.testing.assert_close(tokens, padded[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_a_caption_s_embedding_is_the_same_bit_for_bit_in_any_company(long_tower: T5GemmaTower) -> None:
+    """So a cache written in one order holds what training encodes in another."""
+    captions = [*many_captions(40), *PROMPTS]
+    together = dict(zip(captions, parts(*long_tower.encode(captions)), strict=True))
+    assert len({len(part) for part in together.values()}) > 10
+    for seed in range(6):
+        order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed)).tolist()
+        batch = [captions[i] for i in order[: 1 + 3 * seed]]
+        with torch.autocast("cpu", torch.bfloat16):
+            for caption, part in zip(batch, parts(*long_tower.encode(batch)), strict=True):
+                assert torch.equal(part, together[caption])
+
+
+def parts(tokens: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
+    return tokens.split(lengths)
+
+
+def test_encoding_costs_about_what_real_tokens_cost(long_tower: T5GemmaTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions = many_captions(64)
+    shapes: list[tuple[int, ...]] = []
+    forward = T5GemmaTower.forward
+
+    def counted(self: T5GemmaTower, ids: Tensor, mask: Tensor) -> Tensor:
+        shapes.append(tuple(ids.shape))
+        return forward(self, ids, mask)
+
+    monkeypatch.setattr(T5GemmaTower, "forward", counted)
+    _, lengths = long_tower.encode([*captions, "", "", captions[0]])  # known captions cost nothing more
+    assert set(shapes) <= {(4, 32), (4, 64), (4, 96), (4, 128)}
+    computed = sum(rows * length for rows, length in shapes)
+    # A group has up to 31 places too many a caption, and each of four lengths up to three captions.
+    assert sum(lengths) <= computed < 64 * 31 + 3 * (32 + 64 + 96 + 128) + sum(lengths)
+    assert computed < 0.7 * len(captions) * 128  # captions of a third of the longest length, on average
+
+
+def test_no_caption_and_a_caption_given_twice(long_tower: T5GemmaTower) -> None:
+    tokens, lengths = long_tower.encode([])
+    assert (tokens.shape, lengths) == ((0, WIDTH), [])
+    tokens, lengths = long_tower.encode(["a circle", "", "a circle"])
+    assert lengths[0] == lengths[2] > lengths[1] == 1
+    assert torch.equal(tokens[: lengths[0]], tokens[-lengths[2] :])
 
 
 # --- T5Gemma: folders that are wrong ------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,6 +67,10 @@ class ImageIndex(Protocol):
 
     def row(self, index: int) -> RawRow:
         """Row 0 … len - 1. Raises IndexError out of range, UserError where the file cannot be read any more."""
+        ...
+
+    def text_rows(self) -> Iterator[RawRow]:
+        """All rows in their order with empty pictures: only the small columns are read."""
         ...
 
 
@@ -185,6 +189,18 @@ class ParquetIndex:
             key,
         )
 
+    def text_rows(self) -> Iterator[RawRow]:
+        """See ImageIndex."""
+        reader = _GroupReader(self.columns, keep=1)
+        positions = np.arange(self._length) if self._rows is None else self._rows
+        for file, group, start, first in self._groups.tolist():
+            table = reader.table(self._files[file], group)
+            lower, upper = np.searchsorted(positions, (start, start + table.num_rows))
+            cells = {name: table.column(name).to_pylist() for name in table.column_names}
+            for position in positions[lower:upper].tolist():
+                row = {name: cells[name][position - start] if name in cells else None for name in self.columns}
+                yield RawRow(b"", row, f"{self._names[file]} row {position - first}")
+
     def _picture(self, cell: object, file: Path, key: str) -> bytes | Path:
         """A cell is bytes, or the {bytes, path} of Hugging Face datasets, whose path is relative to the file."""
         value = (cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell
@@ -245,6 +261,13 @@ class FolderIndex:
         key = f"{self._files[number].relative_to(self.path).as_posix()} line {line} ({entry.get('key') or image.name})"
         cells = {name: entry.get(name) for name in self.columns}
         return RawRow(image, {name: value if _is_plain(value) else None for name, value in cells.items()}, key)
+
+    def text_rows(self) -> Iterator[RawRow]:
+        """See ImageIndex."""
+        for number, line, start, end in self._lines.tolist():
+            entry = self._entry(number, line, start, end)
+            key = f"{self._files[number].relative_to(self.path).as_posix()} line {line}"
+            yield RawRow(b"", {n: entry.get(n) if _is_plain(entry.get(n)) else None for n in self.columns}, key)
 
     def _entry(self, number: int, line: int, start: int, end: int) -> dict[str, Any]:
         try:

@@ -5,7 +5,7 @@ Whatever the file holds (alpha, palette, 16 bits, CMYK, EXIF rotation, several f
 
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +92,22 @@ class ImageDataset:
             image = np.ascontiguousarray(image[:, ::-1])
         return Example(image, self._caption(row, position), row.key)
 
+    def captions(self) -> Iterator[str]:
+        """Every caption that may be drawn, row after row, as it would be drawn; no picture is read.
+
+        Raises UserError, naming file and row, for a row without any caption.
+        """
+        for row in self.index.text_rows():
+            yield from self._captions(row)
+
     def _caption(self, row: RawRow, position: int) -> str:
+        captions = self._captions(row)
+        if len(captions) == 1:
+            return captions[0]
+        return captions[int(generator(self.seed, purpose="caption", position=position).random() * len(captions))]
+
+    def _captions(self, row: RawRow) -> list[str]:
+        """The row's captions that are not empty, with its style before each."""
         cells = [row.columns.get(name) for name in self.caption_columns]
         captions = [cell.strip() for cell in cells if isinstance(cell, str) and cell.strip()]
         if not captions:
@@ -100,11 +115,8 @@ class ImageDataset:
                 f"{self.index.path}: {row.key}: no caption in {', '.join(self.caption_columns)}; "
                 "write one, remove the row, or name another column in caption_columns"
             )
-        chosen = 0
-        if len(captions) > 1:
-            chosen = int(generator(self.seed, purpose="caption", position=position).random() * len(captions))
         prefix = self.style_prefixes.get(str(row.columns.get(self.style_column))) if self.style_column else None
-        return prefixed(captions[chosen], prefix) if prefix else captions[chosen]
+        return [prefixed(caption, prefix) for caption in captions] if prefix else captions
 
 
 def decode(source: bytes | Path, *, height: int, width: int, name: str) -> NDArray[np.uint8]:
