@@ -6,10 +6,44 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.train.commands import TINY
+from train import checkpoint, parallel
 from train.ablate import HELD_OUT, TRAIN, Point, Reached, curve, main, reach, read, summarise, table, variant
+from train.commandline import parse
 from train.errors import UserError
+from train.loop import Trainer
+from train.recipes import Recipe
+
+EVERYTHING = [
+    *TINY, "--data.height", "64", "--data.width", "64", "--train.steps", "1", "--train.batch", "2",
+    "--train.device", "cpu", "--routing.enabled", "--routing.start", "1",
+    "--repa.enabled", "--repa.teacher", "vit_small_patch16_dinov3", "--repa.weights", "random", "--repa.layer", "1",
+    "--lpips.enabled", "--lpips.network", "squeeze", "--lpips.weights", "random",
+    "--pdino.enabled", "--pdino.teacher", "vit_small_patch14_reg4_dinov2", "--pdino.weights", "random",
+    "--pdino.size", "28", "--evaluation.images", "2", "--evaluation.prompts", "2", "--evaluation.grid", "1",
+]  # fmt: skip
+"""Every ingredient of the recipe, on `shapes`."""
+
+
+@pytest.mark.parametrize("left_out", ["", "routing", "repa", "lpips", "pdino", "muon"])
+@pytest.mark.filterwarnings("ignore:.*RANDOM weights")
+def test_a_run_without_one_ingredient_has_all_the_others(left_out: str, tmp_path: Path) -> None:
+    words = ["shapes", *EVERYTHING, "--output.folder", str(tmp_path)] + ([f"--no-{left_out}"] if left_out else [])
+    recipe = parse(words).recipe
+    assert isinstance(recipe, Recipe)
+    assert Trainer(recipe, parallel.start(recipe.train)).run().finished
+    lines = [json.loads(line) for line in (tmp_path / "shapes/metrics.jsonl").read_text().splitlines()]
+    logged = next(line for line in lines if "train/loss" in line)
+    assert {"repa", "lpips", "pdino"} - {left_out} == {
+        name.removeprefix("train/loss/") for name in logged if name.startswith("train/loss/")
+    } - {"flow"}
+    assert math.isfinite(logged["train/loss"])
+    state = load_file(checkpoint.complete(tmp_path / "shapes")[-1] / "optimizer.safetensors")
+    # Adam has two moments of a block's matrix, Muon one.
+    moments = [name for name in state if name.startswith("model.blocks.0.") and name.count("img_qkv_proj")]
+    assert len(moments) == 1 if left_out != "muon" else len(moments) > 1, moments
 
 
 def train_line(step: int, loss: float, rate: float, **others: float) -> dict[str, float]:
