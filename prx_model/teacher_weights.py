@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 RANDOM = "random"
 
 
-def load_timm(name: str, weights: str = "") -> nn.Module:
+def load_timm(name: str, weights: str = "", *, with_head: bool = False) -> nn.Module:
     """A timm vision transformer that takes pictures of any size in whole patches.
 
     Args:
         name: timm's model name, with or without a pretrained tag.
+        with_head: keep the network's own last linear map, CLIP's into the space it shares with text.
         weights: "" takes those of timm's hub; a path to a .safetensors or .pth file (timm's names or those of the
             network's authors), or to a folder that holds model.safetensors; "random" takes none, and warns.
 
@@ -31,21 +33,45 @@ def load_timm(name: str, weights: str = "") -> nn.Module:
     """
     import timm
 
-    arguments: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}
+    arguments: dict[str, Any] = {"dynamic_img_size": True, **({} if with_head else {"num_classes": 0})}
     model: Any
     try:
         model = _from_hub(name, arguments) if weights == "" else timm.create_model(name, pretrained=False, **arguments)
     except RuntimeError as error:  # timm's answer to a name it does not know
         raise ValueError(f"timm has no model {name!r}: {_first_line(error)}") from None
+    if weights:
+        hub = model.pretrained_cfg.get("hf_hub_id") or f"timm/{name}"
+        wanted = f"a checkpoint of {name}, for example model.safetensors of the hub model {hub}"
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+        fill(model, name, weights, wanted, convert and (lambda state: convert(state, model)))
+    return model
+
+
+def fill(
+    model: nn.Module,
+    name: str,
+    weights: str,
+    wanted: str,
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> None:
+    """Load a file's weights into a network, all of them; or leave those it was made with.
+
+    Args:
+        model: loaded in place.
+        name: of the network, in messages.
+        weights: path to a file, or to a folder that holds model.safetensors; "random" loads nothing, and warns.
+        wanted: what the file should be, in messages.
+        convert: from the file's names to the network's.
+
+    Raises:
+        ValueError: a file that is not there, cannot be read, or holds other keys or shapes; the message lists them.
+    """
     if weights == RANDOM:
         _warn(name)
-    elif weights:
-        hub = model.pretrained_cfg.get("hf_hub_id") or f"timm/{name}"
-        file = _find(weights, f"a checkpoint of {name}, for example model.safetensors of the hub model {hub}")
-        state = _read(file)
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        _load(model, convert(state, model) if convert is not None else state, file, name)
-    return model
+        return
+    file = _find(weights, wanted)
+    state = _read(file)
+    _load(model, convert(state) if convert is not None else state, file, name)
 
 
 def load_lpips(network: str = "vgg", weights: str = "") -> nn.Module:
@@ -72,17 +98,19 @@ def load_lpips(network: str = "vgg", weights: str = "") -> nn.Module:
                 f"the weights of LPIPS's trunk {network!r} could not be downloaded: {_first_line(error)}; "
                 "give the file of torchvision's network with --lpips.weights"
             ) from error
-    if weights == RANDOM:
-        _warn(f"LPIPS's {network}")
-    elif weights:
-        file = _find(weights, f"torchvision's {network} weights, for example vgg16-397923af.pth")
-        features = {
-            key.removeprefix("features."): value for key, value in _read(file).items() if key.startswith("features.")
-        }
-        # lpips keeps torchvision's numbers of layers, in slices: slice1.0.weight is features.0.weight.
-        numbered = {re.sub(r"^slice\d+\.", "", key): key for key in made.net.state_dict()}
-        used = {numbered.get(key, f"features.{key}"): value for key, value in features.items()}
-        _load(made.net, used, file, f"LPIPS's {network}")
+    # lpips keeps torchvision's numbers of layers, in slices: slice1.0.weight is features.0.weight.
+    numbered = {re.sub(r"^slice\d+\.", "features.", key): key for key in made.net.state_dict()}
+    if weights:
+        wanted = f"torchvision's {network} weights, for example vgg16-397923af.pth"
+        fill(
+            made.net,
+            f"LPIPS's {network}",
+            weights,
+            wanted,
+            lambda state: {
+                numbered.get(key, key): value for key, value in state.items() if key.startswith("features.")
+            },
+        )
     return made
 
 
@@ -96,7 +124,8 @@ def _from_hub(name: str, arguments: dict[str, Any]) -> nn.Module:
     except Exception as error:  # the hub's client raises whatever its transport raises
         raise ValueError(
             f"the weights of {name} could not be had from timm's hub: {_first_line(error)}; give a file with the "
-            "teacher's setting `weights` (--repa.weights PATH, --pdino.weights PATH)"
+            "setting of what needs it (--repa.weights, --pdino.weights, --evaluation.clip-weights, "
+            "--evaluation.dino-weights PATH)"
         ) from error
     return made
 
@@ -132,8 +161,8 @@ def _read(file: Path) -> dict[str, Tensor]:
 def _load(model: nn.Module, state: dict[str, Tensor], file: Path, name: str) -> None:
     """Load strictly; every key that is missing, left over or of another shape is named."""
     own = model.state_dict()
-    # Buffers that timm makes itself (rotary periods) need not be in a file.
-    buffers = {key for key, _ in model.named_buffers()}
+    # Buffers that a network makes itself (rotary periods, a count of batches) need not be in a file.
+    buffers = {key for key, _ in model.named_buffers() if not key.endswith(("running_mean", "running_var"))}
     missing = sorted(own.keys() - state.keys() - buffers)
     unexpected = sorted(state.keys() - own.keys())
     misshapen = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
@@ -145,7 +174,7 @@ def _load(model: nn.Module, state: dict[str, Tensor], file: Path, name: str) -> 
 
 
 def _warn(name: str) -> None:
-    warnings.warn(f"{name} has RANDOM weights, as asked: its loss teaches nothing", stacklevel=3)
+    warnings.warn(f"{name} has RANDOM weights, as asked: what is computed from it means nothing", stacklevel=4)
 
 
 def _first_line(error: BaseException) -> str:

@@ -17,8 +17,9 @@ LAYERS = ("prx_kernels", "prx_model", "train", "benchmarks")
 UPPER = {"benchmarks", "examples", "tests"}
 # Nine to twelve seconds each (STYLE.md, rule 10): only inside the functions that need them.
 HEAVY = {"diffusers", "lpips", "timm", "torchvision", "transformers", "matplotlib", "tensorboard"}
+HEAVY |= {"torch_fidelity", "torchmetrics"}
 # Where the name of a distribution is not that of its module.
-DISTRIBUTION = {"PIL": "pillow", "flash_attn": "flash-attn"}
+DISTRIBUTION = {"PIL": "pillow", "flash_attn": "flash-attn", "torch_fidelity": "torch-fidelity"}
 
 
 @dataclass(frozen=True)

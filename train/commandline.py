@@ -56,7 +56,7 @@ def parse(arguments: Sequence[str]) -> Command:
         _print_presets()
     else:
         _check_names(words, recipe)
-    return Command(_parse_fields(words, recipe, preset), dry_run)
+    return Command(_parse_fields(_without_ingredients(words, recipe), recipe, preset), dry_run)
 
 
 def precompute_command(recipe: Recipe) -> str:
@@ -80,6 +80,27 @@ def field_names(settings: Any, prefix: str = "") -> Iterator[str]:
             yield from field_names(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}"
+
+
+def ingredients(recipe: Recipe | TwoStages) -> dict[str, list[str]]:
+    """Ingredients that are switched on and off, and the section of each: one, or one a stage."""
+    stages = {"": recipe} if isinstance(recipe, Recipe) else {"stage1.": recipe.stage1, "stage2.": recipe.stage2}
+    found: dict[str, list[str]] = {}
+    for prefix, stage in stages.items():
+        for item in fields(stage):
+            if isinstance(getattr(getattr(stage, item.name), "enabled", None), bool):
+                found.setdefault(item.name, []).append(f"{prefix}{item.name}")
+    return found
+
+
+def _without_ingredients(words: list[str], recipe: Recipe | TwoStages) -> list[str]:
+    """Write `--no-routing` out as `--routing.no-enabled`, of both stages where there are two."""
+    short = {f"--no-{name}": sections for name, sections in ingredients(recipe).items()}
+    return [
+        full
+        for word in words
+        for full in ([f"--{name}.no-enabled" for name in short.get(word.replace("_", "-"), [])] or [word])
+    ]
 
 
 def _parse_fields(words: list[str], recipe: Recipe | TwoStages, preset: str) -> Recipe | TwoStages:
@@ -108,14 +129,21 @@ def _one_sentence(box: str) -> str:
 def _check_names(words: list[str], recipe: Recipe | TwoStages) -> None:
     """Refuse an unknown `--name` with the nearest one; tyro checks the values."""
     known = set(field_names(recipe))
+    switches = {f"no-{name}" for name in ingredients(recipe)}
     for word in words:
         if not word.startswith("--"):
             continue
-        name = word[2:].split("=", 1)[0].replace("-", "_")
+        name, equals, _ = word[2:].partition("=")
+        if name.replace("_", "-") in switches:
+            if equals:
+                raise UserError(f"--{name} takes no value, got {word}")
+            continue
+        name = name.replace("-", "_")
         head, _, leaf = name.rpartition(".")
         positive = f"{head}.{leaf.removeprefix('no_')}" if head else leaf.removeprefix("no_")
         if name not in known and positive not in known:
-            raise UserError(f"unknown field --{word[2:]}{nearest(name, known)}; --help lists all fields")
+            close = nearest(name.replace("_", "-"), switches) if name.startswith("no_") else nearest(name, known)
+            raise UserError(f"unknown field --{word[2:]}{close}; --help lists all fields")
 
 
 def _take_dry_run(words: list[str]) -> tuple[list[str], DryRun]:
@@ -152,6 +180,10 @@ def _print_presets() -> None:
     print("presets:")
     for name, function in PRESETS.items():
         print(f"  {name:12} {(function.__doc__ or '').strip().splitlines()[0]}")
+    print(
+        "\n--no-routing, --no-repa, --no-lpips, --no-pdino and --no-muon leave an ingredient out (both stages of two);"
+    )
+    print("  train/ablate.py compares such variants")
     print("\n--dry-run prints the resolved recipe, sizes, memory, FLOP and the projected hours and dollars;")
     print("  with --gpus 32 --mfu 0.25 --peak-tflops 989 --dollars-per-hour 2\n")
     sys.stdout.flush()

@@ -1,9 +1,9 @@
-"""What a run is judged by: prompt accuracy from the exact oracle, held-out loss at fixed t and noise, sample grids.
+"""What a run is judged by: prompt accuracy from an exact oracle, held-out loss, distances to real pictures, grids.
 
-Everything here takes the modules as they are: the loop swaps the averaged weights in first.
+Everything here takes the modules as they are: the loop swaps the averaged weights in where they are meant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -14,8 +14,8 @@ from prx_model import flow
 from prx_model.sampler import sample
 from train.build import Modules
 from train.data import scenes, shapes
-from train.data.loader import collate, to_float, to_uint8
-from train.data.readers import ImageDataset
+from train.data.loader import HeldOut, collate, to_float, to_uint8
+from train.distances import Distances
 from train.randomness import derive_seed
 from train.recipes import Recipe
 
@@ -68,30 +68,58 @@ def prompt_accuracy(modules: Modules, recipe: Recipe) -> dict[str, float]:
 
 
 @torch.no_grad()
-def held_out_loss(modules: Modules, dataset: ImageDataset, recipe: Recipe) -> dict[str, float]:
-    """Dense loss on validation pictures at fixed times and noise: "loss" (mean) and "loss/t=0.1", …"""
+def held_out_loss(modules: Modules, dataset: HeldOut, recipe: Recipe) -> dict[str, float]:
+    """Dense loss on validation pictures at fixed times and noise, by resolution, height first.
+
+    "loss/64x48" is the mean over `FIXED_T` of "loss/64x48/t=0.1", …; a picture's noise is the same in every run.
+    """
     device = next(modules.model.parameters()).device
     noise_seed = torch.tensor(derive_seed(0, purpose="held-out noise"), device=device)
     count = min(len(dataset), recipe.evaluation.images)
-    sums = torch.zeros(len(FIXED_T), device=device)
-    for first in range(0, count, _BATCH):
-        batch = collate([(i, dataset[i]) for i in range(first, min(first + _BATCH, count))]).to(device)
+    sums: dict[str, Tensor] = {}
+    seen: dict[str, int] = {}
+    for numbers in _in_batches(count):
+        batch = collate([(i, dataset[i]) for i in numbers]).to(device)
         image = to_float(batch.image)
         noise = flow.draw_noise(noise_seed, batch.positions, image)
         text, mask = modules.encode(batch.captions)
-        for i, value in enumerate(FIXED_T):
+        losses = []
+        for value in FIXED_T:
             t = torch.full((image.shape[0],), value, device=device)
             noisy = flow.add_noise(image, noise, t, noise_scale=recipe.flow.noise_scale)
             tokens = modules.model.forward_tokens(noisy, t, text, mask)
-            losses = x_prediction_loss(
+            each = x_prediction_loss(
                 tokens, image, t, recipe.model.patch_size, t_min=recipe.flow.t_min, reduction="none"
             )
-            sums[i] += losses.sum()
-    means = (sums / count).tolist()
-    return {"loss": sum(means) / len(means), **{f"loss/t={t}": m for t, m in zip(FIXED_T, means, strict=True)}}
+            losses.append(each.sum())
+        size = f"{image.shape[2]}x{image.shape[3]}"
+        sums[size] = sums.get(size, torch.zeros(len(FIXED_T), device=device)) + torch.stack(losses)
+        seen[size] = seen.get(size, 0) + len(numbers)
+    found: dict[str, float] = {}
+    for size, total in sums.items():
+        means = (total / seen[size]).tolist()
+        found[f"loss/{size}"] = sum(means) / len(means)
+        found |= {f"loss/{size}/t={t}": mean for t, mean in zip(FIXED_T, means, strict=True)}
+    return found
 
 
-def grid_prompts(recipe: Recipe, validation: ImageDataset | None) -> list[str]:
+def distances(modules: Modules, dataset: HeldOut, recipe: Recipe, measure: Distances) -> dict[str, float]:
+    """The distances that `measure` holds, of drawn pictures to validation pictures with the same captions."""
+    count = min(len(dataset), recipe.evaluation.samples)
+    for numbers in _in_batches(count):
+        examples = [dataset[i] for i in numbers]
+        if not measure.has_real:
+            measure.add(collate(list(zip(numbers, examples, strict=True))).image, real=True)
+        measure.add(draw(modules, [example.caption for example in examples], recipe, seeds=numbers), real=False)
+    measure.has_real = True
+    return measure.compute()
+
+
+def _in_batches(count: int) -> Iterator[range]:
+    return (range(first, min(first + _BATCH, count)) for first in range(0, count, _BATCH))
+
+
+def grid_prompts(recipe: Recipe, validation: HeldOut | None) -> list[str]:
     """Captions of a run's sample grid, the same at every evaluation: held-out prompts, or validation captions."""
     count = recipe.evaluation.grid
     if recipe.data.kind == "shapes":

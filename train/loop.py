@@ -20,6 +20,7 @@ from prx_model.packed_text import PackedText
 from train import checkpoint, evaluate
 from train.build import Modules, build
 from train.data.loader import Batch, batches, fingerprint, open_dataset, open_validation
+from train.distances import Distances
 from train.errors import UserError
 from train.meter import Meter
 from train.metrics import Display, Metrics, drop_metrics_after
@@ -74,6 +75,7 @@ class Trainer:
             check_same_run(self.folder, recipe)
         self.dataset = open_dataset(recipe.data, recipe.train.seed)
         self.validation = open_validation(recipe.data)
+        self.distances = self._open_distances() if world.is_main else None
         self.modules: Modules = build(recipe, world.device)
         teachers = build_teachers(recipe, world.device)
         self.teaching = TeacherLosses(recipe, teachers)
@@ -92,6 +94,23 @@ class Trainer:
         compile_blocks(self.modules.model.blocks, recipe.compile, world.device)
         compile_teachers(teachers.values(), recipe.compile, world.device)
         self._stop = False
+
+    def _open_distances(self) -> Distances | None:
+        """The networks that measure distances, before any step is made: a missing file should not show hours later."""
+        settings = self.recipe.evaluation
+        if not (settings.fid or settings.cmmd or settings.dino_mmd):
+            return None
+        if self.validation is None:
+            raise UserError(
+                f"evaluation.fid, cmmd and dino_mmd compare with validation pictures, and the data at "
+                f"{self.recipe.data.path} have no split 'val'; add one or leave them off"
+            )
+        if min(len(self.validation), settings.samples) < 2:
+            raise UserError(
+                "evaluation.fid, cmmd and dino_mmd need at least 2 pictures, got "
+                f"{len(self.validation)} in the split 'val' and evaluation.samples {settings.samples}"
+            )
+        return Distances(settings, self.world.device)
 
     def run(self) -> Outcome:
         """Train to the last step, or until SIGINT or SIGTERM; then evaluate, unless stopped."""
@@ -200,24 +219,40 @@ class Trainer:
         return learning_rate_factor(step, self.recipe.train)
 
     def _evaluate(self, metrics: Metrics, display: Display, *, final: bool) -> tuple[dict[str, float], Path | None]:
-        """Grid, held-out loss and (at the end) prompt accuracy with averaged weights, on rank 0; the others wait."""
+        """Grid, held-out loss, distances and (at the end) prompt accuracy, on rank 0; the others wait.
+
+        "ema/…" and "raw/…" say which weights; grid and prompt accuracy are of the averaged ones.
+        """
         scores: dict[str, float] = {}
         grid: Path | None = None
         if self.world.is_main:
-            with self.ema.swapped_in(), precision(self.recipe.train, self.world.device):
-                prompts = evaluate.grid_prompts(self.recipe, self.validation)
-                if prompts:
-                    grid = self.folder / SAMPLES / f"step-{self.step:08d}.png"
-                    save_grid(evaluate.draw(self.modules, prompts, self.recipe), prompts, grid)
-                if self.validation is not None:
-                    scores |= evaluate.held_out_loss(self.modules, self.validation, self.recipe)
-                if final and self.recipe.data.kind in ("shapes", "scenes"):
-                    display.say("scoring held-out prompts …")
-                    scores |= evaluate.prompt_accuracy(self.modules, self.recipe)
+            raw = self.recipe.evaluation.raw
+            with precision(self.recipe.train, self.world.device):
+                with self.ema.swapped_in():
+                    prompts = evaluate.grid_prompts(self.recipe, self.validation)
+                    if prompts:
+                        grid = self.folder / SAMPLES / f"step-{self.step:08d}.png"
+                        save_grid(evaluate.draw(self.modules, prompts, self.recipe), prompts, grid)
+                        metrics.picture(self.step, "samples", grid)
+                    scores |= self._measure("ema", distances=True)
+                    if final and self.recipe.data.kind in ("shapes", "scenes"):
+                        display.say("scoring held-out prompts …")
+                        scores |= evaluate.prompt_accuracy(self.modules, self.recipe)
+                if raw != "no":
+                    scores |= self._measure("raw", distances=raw == "all")
             metrics.log(self.step, {f"eval/{name}": value for name, value in scores.items()})
         if self.world.size > 1:
             dist.barrier()
         return scores, grid
+
+    def _measure(self, weights: str, *, distances: bool) -> dict[str, float]:
+        """Held-out loss, and the distances that the recipe asks for, of the weights that the modules hold now."""
+        if self.validation is None:
+            return {}
+        found = evaluate.held_out_loss(self.modules, self.validation, self.recipe)
+        if distances and self.distances is not None:
+            found |= evaluate.distances(self.modules, self.validation, self.recipe, self.distances)
+        return {f"{weights}/{name}": value for name, value in found.items()}
 
     def _save(self) -> None:
         """Save on rank 0 (all ranks hold the same); the others wait, so that none runs ahead of a stop."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -35,6 +37,12 @@ class Metrics:
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show a picture from disk in TensorBoard."""
+        if self.enabled:
+            with Image.open(path) as opened:
+                self._board.add_image(name, np.asarray(opened.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close both files."""

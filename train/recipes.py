@@ -172,9 +172,29 @@ class Evaluation:
     prompts: int = 450
     """Held-out prompts that the oracle scores at the end (shapes, scenes)."""
     images: int = 512
-    """Validation pictures of the held-out loss (images)."""
+    """Validation pictures of the held-out loss; shapes and scenes draw them from prompts never trained on."""
     grid: int = 16
     """Pictures in a sample grid."""
+    raw: Literal["no", "loss", "all"] = "loss"
+    """What is measured with the raw weights too: nothing, the held-out loss, or the distances as well."""
+    fid: bool = False
+    """Frechet Inception distance of drawn to validation pictures (https://arxiv.org/abs/1706.08500)."""
+    cmmd: bool = False
+    """MMD of their CLIP embeddings (https://arxiv.org/abs/2401.09603)."""
+    dino_mmd: bool = False
+    """MMD of their DINOv2 embeddings."""
+    samples: int = 2_048
+    """Pictures drawn for the distances, at most as many as there are validation pictures."""
+    inception_weights: str = ""
+    """torch-fidelity's file of Inception weights; downloaded unless given; "random" for none."""
+    clip_network: str = "vit_large_patch14_clip_quickgelu_336.openai"
+    """timm's name of CLIP ViT-L/14 at 336 pixels, with the activation it was trained with."""
+    clip_weights: str = ""
+    """A file or folder with the network's weights; timm's hub unless given; "random" for none."""
+    dino_network: str = "vit_large_patch14_dinov2"
+    """timm's name of DINOv2 ViT-L/14."""
+    dino_weights: str = ""
+    """A file or folder with the network's weights; timm's hub unless given; "random" for none."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +275,7 @@ def shapes() -> Recipe:
         ema=EMASettings(decay=0.995, every=1),
         train=Train(steps=1_900, batch=32, warmup=100, cooldown=400, clip=0.1),
         sampling=Sampling(steps=20, guidance=2.0, shift=3.0),
-        evaluation=Evaluation(every=950, prompts=384, grid=25),
+        evaluation=Evaluation(every=950, prompts=384, images=128, grid=25),
         checkpoint=Checkpoint(every=500),
     )
 

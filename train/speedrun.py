@@ -62,8 +62,9 @@ def report(finished: bool, step: int, scores: dict[str, float], grid: Path | Non
         listed = ", ".join(f"{name} {value:.3f}" for name, value in named.items())
         parts.append(f"prompt accuracy on {count} prompts never trained on: {listed}")
         parts.append(f"on colour and shape pairs never trained on: all {scores['pairs/all']:.3f}")
-    if "loss" in scores:
-        parts.append(f"held-out loss {scores['loss']:.4f}")
+    for name, value in scores.items():
+        if name.startswith("ema/") and "/t=" not in name:
+            parts.append(f"held-out {name.removeprefix('ema/')} {value:.4f}")
     parts.append(f"samples: {grid}" if grid else f"run: {folder}")
     return "; ".join(parts)
 

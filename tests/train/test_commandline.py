@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -33,6 +34,20 @@ def test_stages_are_set_apart() -> None:
     assert (recipe.stage1.train.steps, recipe.stage2.train.steps) == (100_000, 7)
 
 
+@pytest.mark.parametrize("name", ["routing", "repa", "lpips", "pdino", "muon"])
+def test_an_ingredient_is_left_out_by_one_flag_in_every_stage(name: str) -> None:
+    whole = parse(["prx-24h", f"--no-{name}"]).recipe
+    assert isinstance(whole, TwoStages)
+    default = PRESETS["prx-24h"]()
+    assert isinstance(default, TwoStages)
+    for stage, before in ((whole.stage1, default.stage1), (whole.stage2, default.stage2)):
+        off = replace(getattr(before, name), enabled=False)
+        assert stage == replace(before, **{name: off})
+    single = parse(["prx-512", f"--no_{name}", "--train.steps", "7"]).recipe
+    assert isinstance(single, Recipe)
+    assert (getattr(single, name).enabled, single.train.steps) == (False, 7)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -41,6 +56,8 @@ def test_stages_are_set_apart() -> None:
         (["shapes", "--sampling.t-min", "2"], "sampling.t_min must lie in (0, 1), got 2.0"),
         (["shapes", "--model.num-heads", "3"], "must be a multiple of num_heads 3"),
         (["shapes", "--preset", "prx-512"], "--preset cannot be set"),
+        (["shapes", "--no-routin"], "unknown field --no-routin; did you mean 'no-routing'?"),
+        (["shapes", "--no-repa=yes"], "--no-repa takes no value, got --no-repa=yes"),
         (["shapes", "--gpus", "4"], "--gpus goes with --dry-run"),
         (["shapes", "--dry-run", "--gpus", "many"], "--gpus takes a number, got 'many'"),
     ],
@@ -69,6 +86,7 @@ def test_help_comes_without_torch_in_under_two_seconds() -> None:
     assert done.returncode == 0
     assert all(preset in done.stdout for preset in PRESETS)
     assert "--flow.caption-drop" in done.stdout
+    assert "--no-routing" in done.stdout
     # DESIGN.md's bound, with room for a loaded machine.
     assert seconds < 6
     code = "import sys; from train.commandline import parse; parse(['prx-512']); assert 'torch' not in sys.modules"

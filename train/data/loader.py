@@ -5,13 +5,14 @@ A batch knows its global sample positions: they are the ids from which noise, ti
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from train.data import scenes, shapes
 from train.data.example import Dataset, Example
 from train.data.index import NoSplitError, open_images
 from train.data.readers import ImageDataset, parse_prefixes
@@ -22,6 +23,9 @@ from train.errors import UserError
 from train.parallel import World
 from train.randomness import derive_seed
 from train.recipes import Data, Recipe
+
+_DRAWN = 50_000
+"""Held-out pictures of a set that is drawn on the fly: as many as published distances are measured with."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,22 @@ def open_dataset(data: Data, seed: int) -> Dataset:
     return _images(data, seed, "train", shuffle=True)
 
 
-def open_validation(data: Data) -> ImageDataset | None:
-    """The validation pictures in their order, without flips; None where the data have no such split."""
+class HeldOut(Dataset, Protocol):
+    """Pictures with captions that are not trained on, in a fixed order."""
+
+    def __len__(self) -> int: ...
+
+
+def open_validation(data: Data) -> HeldOut | None:
+    """The validation pictures in their order, without flips; None where the data have no such split.
+
+    For shapes and scenes: pictures of the prompts held out as "combinations", the same for every run.
+    """
     if data.kind != "images":
-        return None
+        seed = derive_seed(0, purpose="held-out pictures")
+        if data.kind == "shapes":
+            return _Drawn(ShapesDataset(seed, data.height, data.width, shapes.split_prompts().combinations))
+        return _Drawn(ScenesDataset(seed, data.height, data.width, scenes.split_prompts().combinations))
     try:
         return _images(data, 0, "val", shuffle=False)
     except NoSplitError:
@@ -127,6 +143,19 @@ def to_float(image: Tensor) -> Tensor:
 def to_uint8(image: Tensor) -> Tensor:
     """Pictures in about [-1, 1] to uint8, clamped."""
     return image.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+class _Drawn:
+    """The first examples of an endless data set."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return _DRAWN
+
+    def __getitem__(self, position: int) -> Example:
+        return self.dataset[position]
 
 
 class _Numbered(torch.utils.data.Dataset[tuple[int, Example]]):
