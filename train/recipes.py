@@ -275,7 +275,7 @@ def shapes() -> Recipe:
         ema=EMASettings(decay=0.995, every=1),
         train=Train(steps=1_900, batch=32, warmup=100, cooldown=400, clip=0.1),
         sampling=Sampling(steps=20, guidance=2.0, shift=3.0),
-        evaluation=Evaluation(every=950, prompts=384, images=128, grid=25),
+        evaluation=Evaluation(every=950, prompts=384, images=64, grid=25, raw="no"),
         checkpoint=Checkpoint(every=500),
     )
 
