@@ -1,6 +1,6 @@
 """Which ingredient is worth its time: variants of a preset over several seeds, and when each reaches a target loss.
 
-python train/ablate.py shapes --target 0.35 --seeds 0 1 2 --variant base --variant "adam: --no-muon" -- --train.clip 1
+python train/ablate.py shapes --target 0.35 --variant base --variant "adam: --no-muon" -- --evaluation.every 100
 """
 
 import argparse
