@@ -311,7 +311,7 @@ def load_without_ranks(ranks: int, folder: Path) -> None:
 
 
 def nobody_waits(ranks: int, folder: Path) -> None:
-    """16 matrices of 0.1 s on 4 ranks: at most a quarter above 0.4 s. Sleeping needs no core: busy ones will do."""
+    """16 matrices of 0.1 s on 4 ranks: at most a quarter above 0.4 s, in the best of up to 20 steps on busy cores."""
 
     def sleeping(matrices: list[Tensor], **_: Any) -> list[Tensor]:
         time.sleep(0.1 * len(matrices))
@@ -321,16 +321,21 @@ def nobody_waits(ranks: int, folder: Path) -> None:
     fully_shard(model, mesh=one_dimension(ranks))
     optimizer, times, real = Muon(model.parameters()), [], muon.newton_schulz
     muon.newton_schulz = sleeping
-    for _ in range(5):
+    bound = 1.25 * 16 * 0.1 / ranks
+    for _ in range(20):
         for p in model:
             p.grad = torch.randn_like(p)
         dist.barrier()
         start = time.perf_counter()
         optimizer.step()
         dist.barrier()
-        times.append(time.perf_counter() - start)
+        slowest = torch.tensor(time.perf_counter() - start)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)  # all ranks go on, or none
+        times.append(float(slowest))
+        if times[-1] <= bound:
+            break
     muon.newton_schulz = real
-    assert min(times) <= 1.25 * 16 * 0.1 / ranks, times
+    assert min(times) <= bound, times
 
 
 # What runs on how many ranks, in this order: four ranks load what two saved.
