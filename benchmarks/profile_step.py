@@ -23,7 +23,7 @@ from prx_model.config import Routing, prx_1_2b
 from train import parallel
 from train.data.loader import to_float
 from train.optimizers import Optimizers, clip_gradients, named_parameters
-from train.recipes import Compile, Recipe, Train, prx_512
+from train.recipes import Compile, Parallel, Recipe, Train, prx_512
 
 _KINDS = (
     ("matrix", ("gemm", "cutlass", "nvjet", "wgmma", "sm90_xmma", "ampere_", "addmm", "::mm", "bmm", "matmul")),
@@ -53,12 +53,13 @@ class Step:
         real = torch.arange(text_tokens, device=self.device) < round(0.4 * text_tokens)
         self.mask = real.expand(batch, -1).contiguous()
         self.tokens, self.count = config.tokens(size, size), 0
-        parallel.compile_blocks(self.model.blocks, Compile(), self.device)
+        self.world = parallel.World(0, 1, self.device)
+        parallel.shard(self.model, self.world, Parallel(), Train(), Compile())
 
     def __call__(self) -> Tensor:
         ids = torch.arange(self.image.shape[0], device=self.device) + self.count * self.image.shape[0]
         seed = torch.full((), self.count, dtype=torch.int64, device=self.device)
-        with parallel.precision(Train(), self.device):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             image = to_float(self.image)
             t = flow.sample_t(seed, ids)
             noisy = flow.add_noise(image, flow.draw_noise(seed, ids, image), t)
@@ -67,7 +68,7 @@ class Step:
             predicted = self.model.forward_tokens(noisy, t, self.text, self.mask, keep=keep, route=route)
             loss = x_prediction_loss(predicted, image, t, self.config.patch_size)
         loss.backward()
-        clip_gradients(self.trained, 0.2)
+        clip_gradients(self.trained, 0.2, self.world)
         self.optimizers.step(1.0)
         self.ema.update(self.count)
         self.count += 1

@@ -5,9 +5,13 @@ Works on plain and sharded (DTensor) parameters alike: a sharded model cannot be
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_AT_ONCE = 16
+"""Tensors whose differences are in memory together."""
 
 
 class EMA:
@@ -36,17 +40,28 @@ class EMA:
         self.averages = [parameter.detach().float().clone() for parameter in self.parameters]
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the averages after optimizer step `step` (0-based), where `step` is a multiple of `every`."""
-        if step % self.every == 0:
-            weights = [parameter.detach().float() for parameter in self.parameters]
-            torch._foreach_lerp_(self.averages, weights, 1.0 - self.decay)
+    def update(self, step: int, taken: Tensor | None = None) -> None:
+        """Move the averages after optimizer step `step` (0-based), where `step` is a multiple of `every`.
+
+        Args:
+            step: of the optimizer.
+            taken: 0-dim tensor on the weights' device, 0 where that step was skipped: the averages stay, bit for bit.
+        """
+        if step % self.every:
+            return
+        rate = torch.tensor(1.0 - self.decay) if taken is None else (1.0 - self.decay) * taken.float()
+        for first in range(0, len(self.parameters), _AT_ONCE):
+            averages = [_local(average) for average in self.averages[first : first + _AT_ONCE]]
+            weights = [_local(weight).detach().float() for weight in self.parameters[first : first + _AT_ONCE]]
+            difference = torch._foreach_sub(weights, averages)
+            torch._foreach_mul_(difference, rate.to(averages[0].device, non_blocking=True))
+            torch._foreach_add_(averages, difference)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
         """Within this context the model's parameters hold the averages; afterwards the trained weights, bitwise."""
-        trained = [parameter.detach().clone() for parameter in self.parameters]
-        self._write(self.averages)
+        trained = [_local(parameter).detach().clone() for parameter in self.parameters]
+        self._write([_local(average) for average in self.averages])
         try:
             yield
         finally:
@@ -77,4 +92,10 @@ class EMA:
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
+            _local(parameter).copy_(value)
+
+
+def _local(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor, in place; a plain tensor as it is."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part

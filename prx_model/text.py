@@ -6,7 +6,7 @@
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -59,21 +59,32 @@ class ByteTower(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """T5's initialisation (unit embeddings, linear maps of variance 1/fan-in), and heads turned to nearby bytes."""
-        nn.init.normal_(self.embedding.weight, generator=generator)
-        nn.init.normal_(self.relative_bias.weight, std=self.width**-0.5, generator=generator)
+        """Fill the weights with `initial_weights`."""
+        for name, value in self.initial_weights(generator):
+            self.get_parameter(name).copy_(value)
+
+    @torch.no_grad()
+    def initial_weights(self, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
+        """T5's initialisation (unit embeddings, linear maps of variance 1/fan-in), and heads turned to nearby bytes.
+
+        Yields (name, value), float32, one at a time and in a fixed order: a sharded tower takes its part of each.
+        """
+        yield "embedding.weight", nn.init.normal_(torch.empty(VOCABULARY, self.width), generator=generator)
+        bias = nn.init.normal_(torch.empty(BUCKETS, self.num_heads), std=self.width**-0.5, generator=generator)
         # On the CPU, whatever the weights are on: on the meta device a bucket would have no value to index by.
         bucket = _buckets(2 * MAX_DISTANCE, torch.device("cpu"))[MAX_DISTANCE].tolist()
         for head in range(self.num_heads):
             offset = LOCAL_OFFSETS[head % len(LOCAL_OFFSETS)]
-            self.relative_bias.weight[bucket[MAX_DISTANCE + offset], head] += LOCAL_BIAS
-        for module in self.modules():
+            bias[bucket[MAX_DISTANCE + offset], head] += LOCAL_BIAS
+        yield "relative_bias.weight", bias
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5, generator=generator)
+                std = module.in_features**-0.5
+                weight = nn.init.normal_(torch.empty(module.weight.shape), std=std, generator=generator)
+                # Scores are not scaled, so the queries are.
+                yield f"{name}.weight", weight.mul_((self.width // self.num_heads) ** -0.5 if name[-2:] == ".q" else 1)
             elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
-        for block in self.blocks:
-            block.get_parameter("q.weight").mul_((self.width // self.num_heads) ** -0.5)
+                yield f"{name}.weight", torch.ones(module.weight.shape)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """UTF-8 bytes and an end token, padded on the right to the longest: ids and mask, (batch, L) int64 and bool."""

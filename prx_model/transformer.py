@@ -3,6 +3,7 @@
 Names of parameters are those of diffusers' `PRXTransformer2DModel`, so weights load strictly both ways.
 """
 
+from collections.abc import Iterator
 from typing import Any, overload
 
 import torch
@@ -44,19 +45,26 @@ class PRXTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Xavier-uniform linear maps, zero biases, zero modulation and zero head (adaLN-zero), unit norm scales."""
-        for module in self.modules():
+        """Fill the weights with `initial_weights`."""
+        for name, value in self.initial_weights(generator):
+            self.get_parameter(name).copy_(value)
+
+    @torch.no_grad()
+    def initial_weights(self, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Xavier-uniform linear maps, zero biases, zero modulation and zero head (adaLN-zero), unit norm scales.
+
+        Yields (name, value), float32, one at a time and in a fixed order: a sharded model takes its part of each.
+        """
+        zero = {f"blocks.{i}.modulation.lin" for i in range(len(self.blocks))}
+        zero |= {"final_layer.adaLN_modulation.1", "final_layer.linear"}
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
+                weight = nn.init.xavier_uniform_(torch.empty(module.weight.shape), generator=generator)
+                yield f"{name}.weight", weight.zero_() if name in zero else weight
                 if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                    yield f"{name}.bias", torch.zeros(module.bias.shape)
             elif isinstance(module, nn.RMSNorm):
-                nn.init.ones_(module.weight)
-        adaptive = [block.get_submodule("modulation.lin") for block in self.blocks]
-        for layer in (*adaptive, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            assert isinstance(layer, nn.Linear)
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+                yield f"{name}.weight", torch.ones(module.weight.shape)
 
     def forward(self, image: Tensor, t: Tensor, text: Tensor | PackedText, text_mask: Tensor | None = None) -> Tensor:
         """Predict the clean picture.

@@ -1,5 +1,6 @@
 """From a recipe to its modules: denoiser and text tower, initialised from the run's seed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from prx_model.transformer import PRXTransformer
 from train.commandline import precompute_command
 from train.data.text_cache import CachedText, Encoding
 from train.errors import UserError
+from train.parallel import fill
 from train.randomness import derive_seed
 from train.recipes import Recipe, Text
 
@@ -43,8 +45,13 @@ class Modules:
         return self.tower(ids.to(device, non_blocking=True), mask), mask
 
 
-def build(recipe: Recipe, device: torch.device) -> Modules:
+def build(recipe: Recipe, device: torch.device, prepare: Callable[[nn.Module], None] | None = None) -> Modules:
     """Make the modules with their initial weights; the same weights for a seed on every rank and device.
+
+    Args:
+        recipe: what to build.
+        device: where it goes.
+        prepare: called with each module that is trained while it has no memory yet: compiles and shards it in place.
 
     Raises:
         UserError: sizes that do not fit one another, or a text encoder that cannot be loaded.
@@ -54,15 +61,26 @@ def build(recipe: Recipe, device: torch.device) -> Modules:
         check_backend(recipe.train.attention, device)
     except ValueError as error:
         raise UserError(f"train.attention: {error}") from None
-    model = PRXTransformer(recipe.model, attention=recipe.train.attention)
-    model.init_weights(torch.Generator().manual_seed(derive_seed(recipe.train.seed, purpose="weights")))
-    tower = _tower(recipe, device)
+    with torch.device("meta"):
+        model = PRXTransformer(recipe.model, attention=recipe.train.attention)
+    _make_real(model, derive_seed(recipe.train.seed, purpose="weights"), device, prepare)
+    tower = _tower(recipe, device, prepare)
     if tower.width != recipe.model.context_in_dim:
         raise UserError(
             f"the text tower gives {tower.width} features but model.context_in_dim is {recipe.model.context_in_dim}; "
             f"set --model.context-in-dim {tower.width}"
         )
-    return Modules(model.to(device), tower if isinstance(tower, CachedText) else tower.to(device))
+    return Modules(model, tower)
+
+
+def _make_real(
+    module: PRXTransformer | ByteTower, seed: int, device: torch.device, prepare: Callable[[nn.Module], None] | None
+) -> None:
+    """From the meta device to a device, sharded in between, with its initial weights."""
+    if prepare is not None:
+        prepare(module)
+    module.to_empty(device=device)
+    fill(module, module.initial_weights(torch.Generator().manual_seed(seed)))
 
 
 def check(recipe: Recipe) -> None:
@@ -88,6 +106,11 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             f"train.warmup and train.cooldown must not be negative and train.clip must be positive, "
             f"got {train.warmup}, {train.cooldown} and {train.clip}"
+        )
+    if recipe.parallel.micro_batches < 1 or recipe.parallel.timeout <= 0 or train.max_skipped < 1:
+        raise UserError(
+            f"parallel.micro_batches and train.max_skipped must be at least 1 and parallel.timeout positive, got "
+            f"{recipe.parallel.micro_batches}, {train.max_skipped} and {recipe.parallel.timeout:g}"
         )
     if recipe.repa.enabled and not 0 <= recipe.repa.layer < model.depth:
         raise UserError(f"repa.layer {recipe.repa.layer} must be a block of the model, 0 to {model.depth - 1}")
@@ -116,12 +139,15 @@ def frozen_tower(text: Text) -> T5GemmaTower:
         raise UserError(str(error)) from None
 
 
-def _tower(recipe: Recipe, device: torch.device) -> ByteTower | T5GemmaTower | CachedText:
+def _tower(
+    recipe: Recipe, device: torch.device, prepare: Callable[[nn.Module], None] | None
+) -> ByteTower | T5GemmaTower | CachedText:
     text = recipe.text
     if text.kind == "bytes":
-        tower = ByteTower(recipe.model.context_in_dim, text.depth, text.num_heads, text.max_tokens)
-        tower.init_weights(torch.Generator().manual_seed(derive_seed(recipe.train.seed, purpose="tower weights")))
+        with torch.device("meta"):
+            tower = ByteTower(recipe.model.context_in_dim, text.depth, text.num_heads, text.max_tokens)
+        _make_real(tower, derive_seed(recipe.train.seed, purpose="tower weights"), device, prepare)
         return tower
     if text.cache:
         return CachedText(Path(text.cache), Encoding.of(text), device, precompute_command(recipe))
-    return frozen_tower(text)
+    return frozen_tower(text).to(device)

@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str]) -> Command:
         preset = words.pop(0)
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
-    words, dry_run = _take_dry_run(words)
+    words, dry_run = _take_dry_run(_spell_profile(words))
     recipe = PRESETS[preset]()
     if "--help" in words or "-h" in words:
         _print_presets()
@@ -91,6 +91,15 @@ def ingredients(recipe: Recipe | TwoStages) -> dict[str, list[str]]:
             if isinstance(getattr(getattr(stage, item.name), "enabled", None), bool):
                 found.setdefault(item.name, []).append(f"{prefix}{item.name}")
     return found
+
+
+def _spell_profile(words: list[str]) -> list[str]:
+    """Write `--profile steps=10:15` out as `--profile.steps 10:15`."""
+    spelt = list(words)
+    for i, word in enumerate(words[1:], start=1):
+        if words[i - 1] == "--profile" and word.startswith("steps="):
+            spelt[i - 1 : i + 1] = ["--profile.steps", word.removeprefix("steps=")]
+    return spelt
 
 
 def _without_ingredients(words: list[str], recipe: Recipe | TwoStages) -> list[str]:

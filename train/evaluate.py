@@ -1,9 +1,11 @@
 """What a run is judged by: prompt accuracy from an exact oracle, held-out loss, distances to real pictures, grids.
 
-Everything here takes the modules as they are: the loop swaps the averaged weights in where they are meant.
+Everything here takes the modules as they are: the loop swaps the averaged weights in where they are meant. Every rank
+calls it with the same arguments and does its share, since a sharded model runs on all of them together; what is found
+is on rank 0. `between` is called on all ranks after every part, for whoever wants to stop or to know that work goes on.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -16,73 +18,96 @@ from train.build import Modules
 from train.data import scenes, shapes
 from train.data.loader import HeldOut, collate, to_float, to_uint8
 from train.distances import Distances
+from train.parallel import World, average, gather
 from train.randomness import derive_seed
 from train.recipes import Recipe
 
 FIXED_T = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Times of the held-out loss."""
 _BATCH = 64
+"""Samples a rank takes at once."""
+
+
+def _nothing() -> None:
+    return None
 
 
 @torch.no_grad()
-def draw(modules: Modules, prompts: Sequence[str], recipe: Recipe, *, seeds: Sequence[int] | None = None) -> Tensor:
-    """Draw a picture for each prompt: (n, 3, height, width) uint8 on the CPU; seeds 0 … n-1 unless given."""
+def draw(
+    modules: Modules,
+    prompts: Sequence[str],
+    recipe: Recipe,
+    world: World,
+    *,
+    seeds: Sequence[int] | None = None,
+    between: Callable[[], None] = _nothing,
+) -> Tensor:
+    """Draw a picture for each prompt, with seeds 0 … n-1 unless given.
+
+    Returns:
+        (n, 3, height, width) uint8 on rank 0's host; (0, 3, height, width) on the others.
+    """
     seeds = range(len(prompts)) if seeds is None else seeds
-    device = next(modules.model.parameters()).device
     null_text, null_mask = modules.encode([""])
     drawn = []
-    for first in range(0, len(prompts), _BATCH):
-        text, mask = modules.encode(list(prompts[first : first + _BATCH]))
-        drawn.append(
-            sample(
-                modules.model,
-                text,
-                mask,
-                height=recipe.data.height,
-                width=recipe.data.width,
-                seeds=torch.tensor(list(seeds[first : first + _BATCH]), dtype=torch.int64, device=device),
-                settings=recipe.sampling,
-                null_text=null_text,
-                null_mask=null_mask,
-                routing=recipe.routing,
-            )
+    for numbers, count in _shares(len(prompts), world):
+        text, mask = modules.encode([prompts[i] for i in numbers])
+        part = sample(
+            modules.model,
+            text,
+            mask,
+            height=recipe.data.height,
+            width=recipe.data.width,
+            seeds=torch.tensor([seeds[i] for i in numbers], dtype=torch.int64, device=world.device),
+            settings=recipe.sampling,
+            null_text=null_text,
+            null_mask=null_mask,
+            routing=recipe.routing,
         )
-    return to_uint8(torch.cat(drawn)).cpu()
+        pictures = gather(to_uint8(part), world)
+        drawn.append(pictures[:count] if pictures is not None else part[:0].to("cpu", torch.uint8))
+        between()
+    return torch.cat(drawn)
 
 
-def prompt_accuracy(modules: Modules, recipe: Recipe) -> dict[str, float]:
+def prompt_accuracy(
+    modules: Modules, recipe: Recipe, world: World, between: Callable[[], None] = _nothing
+) -> dict[str, float]:
     """Share of held-out prompts that the oracle finds drawn right, by part and split ("combinations/all", …).
 
     "combinations" are prompts whose parts were all seen, never together; "pairs" have a colour and shape that never
-    met in training.
+    met in training. Empty on ranks other than 0.
     """
     source = {"shapes": shapes, "scenes": scenes}[recipe.data.kind]
     count = recipe.evaluation.prompts
     result: dict[str, float] = {}
     for split_name, number in (("combinations", count), ("pairs", max(1, count // 2))):
         prompts = source.held_out_prompts(split_name, number, 0)
-        images = draw(modules, [p.caption for p in prompts], recipe)
-        score = source.score(images.permute(0, 2, 3, 1).numpy(), prompts)
-        result |= {f"{split_name}/{part}": float(value) for part, value in asdict(score).items()}
+        images = draw(modules, [p.caption for p in prompts], recipe, world, between=between)
+        if world.is_main:
+            score = source.score(images.permute(0, 2, 3, 1).numpy(), prompts)
+            result |= {f"{split_name}/{part}": float(value) for part, value in asdict(score).items()}
     return result
 
 
 @torch.no_grad()
-def held_out_loss(modules: Modules, dataset: HeldOut, recipe: Recipe) -> dict[str, float]:
-    """Dense loss on validation pictures at fixed times and noise, by resolution, height first.
+def held_out_loss(
+    modules: Modules, dataset: HeldOut, recipe: Recipe, world: World, between: Callable[[], None] = _nothing
+) -> dict[str, float]:
+    """Dense loss on validation pictures at fixed times and noise, by resolution, height first; on every rank.
 
     "loss/64x48" is the mean over `FIXED_T` of "loss/64x48/t=0.1", …; a picture's noise is the same in every run.
     """
-    device = next(modules.model.parameters()).device
+    device = world.device
     noise_seed = torch.tensor(derive_seed(0, purpose="held-out noise"), device=device)
-    count = min(len(dataset), recipe.evaluation.images)
     sums: dict[str, Tensor] = {}
-    seen: dict[str, int] = {}
-    for numbers in _in_batches(count):
+    for numbers, count in _shares(min(len(dataset), recipe.evaluation.images), world):
         batch = collate([(i, dataset[i]) for i in numbers]).to(device)
         image = to_float(batch.image)
         noise = flow.draw_noise(noise_seed, batch.positions, image)
         text, mask = modules.encode(batch.captions)
+        # Of a last share that was filled up, what is repeated does not count.
+        real = (torch.arange(len(numbers)) + world.rank * len(numbers) < count).to(device)
         losses = []
         for value in FIXED_T:
             t = torch.full((image.shape[0],), value, device=device)
@@ -91,32 +116,56 @@ def held_out_loss(modules: Modules, dataset: HeldOut, recipe: Recipe) -> dict[st
             each = x_prediction_loss(
                 tokens, image, t, recipe.model.patch_size, t_min=recipe.flow.t_min, reduction="none"
             )
-            losses.append(each.sum())
+            losses.append(torch.where(real, each, 0.0).sum())
         size = f"{image.shape[2]}x{image.shape[3]}"
-        sums[size] = sums.get(size, torch.zeros(len(FIXED_T), device=device)) + torch.stack(losses)
-        seen[size] = seen.get(size, 0) + len(numbers)
-    found: dict[str, float] = {}
+        found = torch.stack([*losses, real.sum()])
+        sums[size] = sums[size] + found if size in sums else found
+        between()
+    result: dict[str, float] = {}
     for size, total in sums.items():
-        means = (total / seen[size]).tolist()
-        found[f"loss/{size}"] = sum(means) / len(means)
-        found |= {f"loss/{size}/t={t}": mean for t, mean in zip(FIXED_T, means, strict=True)}
-    return found
+        *by_t, seen = average(total, world).tolist()
+        means = [loss / seen for loss in by_t]
+        result[f"loss/{size}"] = sum(means) / len(means)
+        result |= {f"loss/{size}/t={t}": mean for t, mean in zip(FIXED_T, means, strict=True)}
+    return result
 
 
-def distances(modules: Modules, dataset: HeldOut, recipe: Recipe, measure: Distances) -> dict[str, float]:
-    """The distances that `measure` holds, of drawn pictures to validation pictures with the same captions."""
+def distances(
+    modules: Modules,
+    dataset: HeldOut,
+    recipe: Recipe,
+    measure: Distances | None,
+    world: World,
+    between: Callable[[], None] = _nothing,
+) -> dict[str, float]:
+    """The distances that rank 0's `measure` holds, of drawn pictures to validation pictures with the same captions."""
     count = min(len(dataset), recipe.evaluation.samples)
-    for numbers in _in_batches(count):
+    for first in range(0, count, _BATCH * world.size):
+        numbers = range(first, min(first + _BATCH * world.size, count))
         examples = [dataset[i] for i in numbers]
-        if not measure.has_real:
-            measure.add(collate(list(zip(numbers, examples, strict=True))).image, real=True)
-        measure.add(draw(modules, [example.caption for example in examples], recipe, seeds=numbers), real=False)
+        captions = [example.caption for example in examples]
+        images = draw(modules, captions, recipe, world, seeds=numbers, between=between)
+        if measure is not None:
+            if not measure.has_real:
+                measure.add(collate(list(zip(numbers, examples, strict=True))).image, real=True)
+            measure.add(images, real=False)
+    if measure is None:
+        return {}
     measure.has_real = True
     return measure.compute()
 
 
-def _in_batches(count: int) -> Iterator[range]:
-    return (range(first, min(first + _BATCH, count)) for first in range(0, count, _BATCH))
+def _shares(count: int, world: World) -> Iterator[tuple[list[int], int]]:
+    """This rank's numbers of 0 … count-1, part by part, and how many all ranks have in that part together.
+
+    Every rank gets as many as every other, so that all of them run as often: the last number is repeated for that.
+    """
+    whole = _BATCH * world.size
+    for first in range(0, count, whole):
+        numbers = list(range(first, min(first + whole, count)))
+        each = -(-len(numbers) // world.size)
+        filled = numbers + [numbers[-1]] * (each * world.size - len(numbers))
+        yield filled[world.rank * each : (world.rank + 1) * each], len(numbers)
 
 
 def grid_prompts(recipe: Recipe, validation: HeldOut | None) -> list[str]:

@@ -66,7 +66,7 @@ def draw(arguments: Arguments) -> None:
     from train.recipes import Train
     from train.trained import load_trained
 
-    world = parallel.start(Train(device=arguments.device))
+    world = parallel.start(Train(device=arguments.device, precision="fp32"))
     trained = load_trained(arguments.run, world.device, weights=arguments.weights)
     recipe = trained.recipe
     changes = {name: getattr(arguments, name) for name in ("steps", "guidance", "guidance_kind")}
@@ -81,8 +81,11 @@ def draw(arguments: Arguments) -> None:
         print("note: this model was trained without routing; self-guidance then often makes pictures worse")
     prompts = [prompt for prompt in arguments.prompts for _ in range(arguments.grid)]
     seeds = range(arguments.seed, arguments.seed + len(prompts))
-    with parallel.precision(recipe.train, world.device):
-        images = evaluate.draw(trained.modules, prompts, replace(recipe, sampling=sampling, data=data), seeds=seeds)
+    # As sharded training computes: float32 weights are cast, t and rotary tables are not.
+    for module in trained.modules.trained().values():
+        module.to(parallel.compute_dtype(recipe.train, world.device))
+    drawn = replace(recipe, sampling=sampling, data=data)
+    images = evaluate.draw(trained.modules, prompts, drawn, world, seeds=seeds)
     if len(prompts) == 1:
         save_picture(images[0], arguments.out)
     else:

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl and TensorBoard events in its folder, one progress display on the console."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -31,9 +32,10 @@ class Metrics:
             self._board = SummaryWriter(str(folder))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write values of a step; keys like "train/loss"."""
+        """Write values of a step; keys like "train/loss". What is not finite is no JSON, and is left out."""
         if not self.enabled:
             return
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from prx_kernels import Muon
 from prx_kernels.reference import cpu_has_bfloat16
 from train.errors import UserError
+from train.parallel import World, compute_dtype
 from train.recipes import Recipe, Train
 
 Named = list[tuple[str, nn.Parameter]]
@@ -38,13 +40,12 @@ def split(parameters: Named, recipe: Recipe) -> tuple[Named, Named]:
 class Optimizers:
     """Both algorithms in one optimizer, with one schedule and one state by parameter name.
 
-    Args:
-        replicas: ranks that hold the same weights and gradients; each matrix is orthogonalised by one of them.
+    Parameters may be sharded: each matrix is orthogonalised by one rank of their mesh.
     """
 
-    def __init__(self, parameters: Named, recipe: Recipe, replicas: DeviceMesh | None = None) -> None:
+    def __init__(self, parameters: Named, recipe: Recipe) -> None:
         muon, adam = split(parameters, recipe)
-        m, a = recipe.muon, recipe.adam
+        m, a, device = recipe.muon, recipe.adam, parameters[0][1].device
         groups: list[dict[str, Any]] = [
             {"params": muon, "lr": m.lr, "weight_decay": m.weight_decay},
             {
@@ -64,8 +65,9 @@ class Optimizers:
             ns_coefficients=m.ns_coefficients,
             ns_steps=m.ns_steps,
             adjust_lr_fn="match_rms_adamw",
-            distributed_mesh=replicas,
-            ns_dtype=_newton_schulz_dtype(parameters[0][1].device),
+            ns_dtype=_newton_schulz_dtype(device),
+            # Where products are formed in float32, so are the updates that travel.
+            wire_dtype=compute_dtype(recipe.train, device),
         )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -75,10 +77,6 @@ class Optimizers:
             group["lr"] = rate * factor
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def skipped(self) -> int:
-        """Updates left out so far because they were not finite (`Muon.nonfinite`); waits for the device."""
-        return int(self.optimizer.nonfinite)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every state tensor as "parameter/key"."""
@@ -119,6 +117,23 @@ def learning_rate_factor(step: int, settings: Train) -> float:
     return min(1.0, warm, cool)
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
-    """Scale gradients to a global norm of at most `limit`; gives the norm before, a 0-dim tensor on the device."""
-    return torch.nn.utils.clip_grad_norm_(list(parameters), limit)
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Any], limit: float, world: World) -> Tensor:
+    """Scale gradients, sharded or not, to a global norm of at most `limit`; gives the norm before, on the device.
+
+    Where the norm is not finite on any rank, every gradient becomes NaN: `Muon` then changes nothing at all, on any
+    rank, and nobody has to wait for the device to decide so.
+    """
+    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if world.mesh is not None:
+        squares = norm.square()
+        dist.all_reduce(squares, group=world.mesh.get_group("shard"))
+        norm = squares.sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, torch.where(norm.isfinite(), scale, torch.nan))
+    return norm
+
+
+def _local(gradient: Any) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

@@ -153,6 +153,28 @@ class Train:
     """Of activations; weights are fp32. auto is bf16 on a GPU, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["sdpa", "varlen", "flash"] = "sdpa"
+    deterministic: bool = False
+    """On a GPU, backward kernels that add in a fixed order only: resumed weights are bitwise the same. A CPU's are."""
+    max_skipped: int = 10
+    """So many steps in a row whose gradient is not finite stop the run; each is skipped, on all ranks."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How ranks share the work (FSDP2, HSDP, DDP; train/parallel.py)."""
+
+    replicate: int = 0
+    """Copies of the weights; 0 is what `shard` leaves."""
+    shard: int = 0
+    """Ranks that share one copy; 0 is what `replicate` leaves, or the ranks of a node. 1 is DDP."""
+    micro_batches: int = 1
+    """Parts in which a rank's pictures go through the model; gradients are summed and reduced once."""
+    checkpointing: bool = False
+    """Recompute each block in backward instead of keeping its activations."""
+    reshard_after_forward: bool = False
+    """Drop gathered weights between forward and backward: one more gather saves 2.4 GB a GPU at 1.2 B parameters."""
+    timeout: float = 600.0
+    """Seconds without a step (or part of an evaluation) after which a rank prints its stacks and gives up."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +243,18 @@ class Output:
     folder: str = "runs"
     name: str = ""
     """The run's folder is <folder>/<name>; the preset's name unless given."""
+    dollars_per_hour: float = 2.0
+    """Price of a GPU-hour, for the cost in the metrics."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where time and memory go."""
+
+    steps: str = ""
+    """first:last, steps of which a trace and a memory snapshot are written; `--profile steps=10:15` for short."""
+    nvtx: bool = False
+    """Name the parts of a step for Nsight Systems."""
 
 
 @dataclass(frozen=True)
@@ -240,11 +274,13 @@ class Recipe:
     adam: Adam = field(default_factory=Adam)
     ema: EMASettings = field(default_factory=EMASettings)
     train: Train = field(default_factory=Train)
+    parallel: Parallel = field(default_factory=Parallel)
     sampling: Sampling = field(default_factory=Sampling)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     compile: Compile = field(default_factory=Compile)
     output: Output = field(default_factory=Output)
+    profile: Profile = field(default_factory=Profile)
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,14 @@ def main() -> int:
         print_plan(recipe, command.dry_run)
         return 0
     from train import parallel
+    from train.faults import EXIT_RESUME
     from train.loop import Trainer
     from train.recipes import for_device
     from train.run_folder import run_folder
     from train.stages import finished
 
     stages = [recipe.stage1, recipe.stage2] if isinstance(recipe, TwoStages) else [recipe]
-    world = parallel.start(stages[0].train)
+    world = parallel.start(stages[0].train, stages[0].parallel)
     try:
         stages = [for_device(stage, world.device.type) for stage in stages]
         for number, stage in enumerate(stages):
@@ -48,7 +49,7 @@ def main() -> int:
         parallel.finish()
     if world.is_main:
         print(report(outcome.finished, outcome.step, outcome.scores, outcome.grid, outcome.folder), flush=True)
-    return 0
+    return 0 if outcome.finished else EXIT_RESUME
 
 
 def report(finished: bool, step: int, scores: dict[str, float], grid: Path | None, folder: Path) -> str:

@@ -12,27 +12,41 @@ class Stopwatch:
     """Spans of a step by name: CUDA events on a GPU, the host's clock on a CPU; named in a profiler's trace too.
 
     Read it where the device has been waited for anyway: events of steps still under way would be waited for.
+
+    Args:
+        device: what is measured.
+        nvtx: mark the spans for Nsight Systems.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
+    def __init__(self, device: torch.device, *, nvtx: bool = False) -> None:
+        self.on_gpu, self.nvtx = device.type == "cuda", nvtx and device.type == "cuda"
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Measure what is launched inside."""
-        with torch.profiler.record_function(name):
-            if not self.on_gpu:
-                began = time.perf_counter()
+        if self.nvtx:
+            torch.cuda.nvtx.range_push(name)
+        try:
+            with torch.profiler.record_function(name), self._measured(name):
                 yield
-                self._seconds[name] += time.perf_counter() - began
-                return
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+        finally:
+            if self.nvtx:
+                torch.cuda.nvtx.range_pop()
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[None]:
+        if not self.on_gpu:
+            began = time.perf_counter()
             yield
-            end.record()
-            self._events.append((name, begin, end))
+            self._seconds[name] += time.perf_counter() - began
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        yield
+        end.record()
+        self._events.append((name, begin, end))
 
     def read(self, steps: int) -> dict[str, float]:
         """Milliseconds a step of every span since the last reading: "time/<name>_ms"."""

@@ -15,9 +15,17 @@ from train.stopwatch import Stopwatch
 def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
     """The teachers that a recipe asks for, on the device: bf16 on a GPU, fp32 on a CPU.
 
+    Weights that are random, as asked, are the same on every rank and after a resume.
+
     Raises:
         UserError: weights that are not there or do not fit.
     """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.train.seed, purpose="random teachers"))
+        return {name: teacher.to_device(device) for name, teacher in _make_teachers(recipe, device).items()}
+
+
+def _make_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     made: dict[str, Teacher] = {}
     try:
@@ -35,7 +43,7 @@ def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
             made["pdino"] = PerceptualDINO(name=p.teacher, weights=p.weights, size=p.size, dtype=dtype)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return {name: teacher.to_device(device) for name, teacher in made.items()}
+    return made
 
 
 class TeacherLosses:

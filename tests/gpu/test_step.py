@@ -47,26 +47,24 @@ def trainer(tmp_path: Path) -> Iterator[tuple[Trainer, Iterator[Batch]]]:
 
 def test_a_step_never_waits_for_the_device(trainer):
     made, source = trainer
-    for _ in range(3):  # compilation, autotuning and the first allocations may wait
-        made._train_step(next(source))
-        made.step += 1
+    for step in range(3):  # compilation, autotuning and the first allocations may wait
+        made.learner.step(next(source), step)
     batch = next(source)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss, norm = made._train_step(batch)
+        result = made.learner.step(batch, 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.isfinite(loss)
-    assert torch.isfinite(norm)
+    assert torch.isfinite(result.parts["loss"])
+    assert torch.isfinite(result.norm)
 
 
 def test_fifty_steps_leak_no_memory(trainer):
     made, source = trainer
     held = []
     for step in range(56):
-        made._train_step(next(source))
-        made.step += 1
+        made.learner.step(next(source), step)
         if step >= 5:
             torch.cuda.synchronize()
             held.append(torch.cuda.memory_allocated())
@@ -145,4 +143,4 @@ def test_routing_gradients_in_bfloat16_are_exact():
 
 def test_settings_are_those_of_a_gpu():
     assert Train().precision == "auto"
-    assert parallel.precision(Train(), torch.device("cuda")).fast_dtype == torch.bfloat16
+    assert parallel.compute_dtype(Train(), torch.device("cuda")) == torch.bfloat16

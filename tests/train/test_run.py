@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.train.commands import ROOT, TINY, run_program
 from train import checkpoint
 from train.errors import UserError
+from train.faults import EXIT_RESUME
 from train.run_folder import read_config
 
 
@@ -76,7 +77,7 @@ def test_a_stopped_run_goes_on_bitwise(whole: Path, tmp_path: Path) -> None:
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    assert process.returncode == EXIT_RESUME
     assert "the same command goes on from" in output
     reached = checkpoint.complete(tmp_path / "shapes")[-1].name
     assert reached < "step-00000012"

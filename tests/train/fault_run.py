@@ -1,0 +1,71 @@
+"""`speedrun.py` with something that goes wrong in one rank, once.
+
+torchrun tests/train/fault_run.py KIND@RANK:STEP [preset] …    # KIND: die, hang, nan, sigterm, sigusr1, sigusr1-drawing
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from train import evaluate, speedrun  # noqa: E402
+from train.errors import exit_with_sentence  # noqa: E402
+from train.step import Learner  # noqa: E402
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang() -> None:
+    time.sleep(1e6)
+
+
+ACTIONS = {
+    "die": die,
+    "hang": hang,
+    "sigterm": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "sigusr1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+}
+
+
+def inject(fault: str) -> None:
+    kind, _, where = fault.partition("@")
+    rank, step = (int(number) for number in where.split(":"))
+    mine = int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if not mine:
+        return
+    make_step, make_loss, draw = Learner.step, Learner._loss, evaluate.draw
+
+    def bad_step(self: Learner, batch: Any, number: int) -> Any:
+        if number == step:
+            ACTIONS[kind]()
+        return make_step(self, batch, number)
+
+    def bad_loss(self: Learner, batch: Any, number: int) -> Any:
+        loss, parts, losses, bins = make_loss(self, batch, number)
+        if number >= step and (number == step or kind == "nan-from"):
+            return loss * torch.nan, parts, torch.where(batch.positions % 3 == 0, torch.nan, losses), bins
+        return loss, parts, losses, bins
+
+    def bad_draw(*arguments: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return draw(*arguments, **named)
+
+    if kind.startswith("nan"):
+        Learner._loss = bad_loss  # type: ignore[method-assign]
+    elif kind == "sigusr1-drawing":
+        evaluate.draw = bad_draw
+    else:
+        Learner.step = bad_step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    inject(sys.argv.pop(1))
+    exit_with_sentence(speedrun.main)
