@@ -101,7 +101,8 @@ class REPA(Teacher):
     """Alignment of the denoiser's tokens with a vision transformer's: `-mean cos(projector(h), f(x0))`.
 
     Representation alignment, https://arxiv.org/abs/2410.06940, eq. 8, on the tokens that went through the blocks only.
-    The teacher sees the clean picture resized (nearest) by teacher patch / denoiser patch, so that both have one grid.
+    The teacher sees the clean picture resized (nearest) by teacher patch / denoiser patch, so that both have one grid,
+    then as `(x + 1) / 2`, normalised as ImageNet in the picture's precision.
 
     Args:
         hidden_size: width of the denoiser's tokens.
@@ -151,13 +152,17 @@ class REPA(Teacher):
         return -F.cosine_similarity(_wide(projected), _wide(target), dim=-1, eps=_COSINE_EPS).mean(dim=1)
 
     def _target(self, prediction: Prediction) -> Tensor:
-        factor = self.network.patch_embed.patch_size[0] / prediction.patch_size
-        resized = F.interpolate(prediction.image.to(self.dtype), scale_factor=factor)
-        return self.patch_tokens(imagenet((resized + 1) / 2))
+        height, width = self._size(*prediction.image.shape[2:], prediction.patch_size)
+        resized = F.interpolate(prediction.image, size=(height, width))
+        return self.patch_tokens(imagenet((resized + 1) / 2).to(self.dtype))
 
     def flop(self, height: int, width: int, patch_size: int = 32) -> float:
-        factor = self.network.patch_embed.patch_size[0] / patch_size
-        return _count(self.network.forward_features, round(height * factor), round(width * factor), gradient=False)
+        return _count(self.network.forward_features, *self._size(height, width, patch_size), gradient=False)
+
+    def _size(self, height: int, width: int, patch_size: int) -> tuple[int, int]:
+        """Pixels of the teacher's picture: a patch for each of the denoiser's."""
+        patch: int = self.network.patch_embed.patch_size[0]
+        return height // patch_size * patch, width // patch_size * patch
 
 
 class LPIPSLoss(Teacher):

@@ -68,6 +68,23 @@ def test_repa_is_minus_the_mean_cosine_with_the_resized_teachers_tokens(size: tu
     assert sum(isinstance(layer, torch.nn.SiLU) for layer in repa.projector) == 2
 
 
+@pytest.mark.parametrize(("patch", "grid"), [(32, (48, 80)), (32, (1, 1)), (32, (47, 3)), (49, (2, 24))])
+def test_repas_teacher_has_a_patch_for_each_of_the_denoisers(
+    patch: int, grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it is given has been rounded once, to the 8 bits of bf16."""
+    repa = copy.copy(make("repa"))
+    given: list[Tensor] = []
+    monkeypatch.setattr(repa, "dtype", torch.bfloat16)
+    monkeypatch.setattr(repa, "patch_tokens", lambda image: given.append(image) or image)
+    image = prediction(height=patch * grid[0], width=patch * grid[1], batch=1).image
+    repa._target(Prediction(image, image, patch_size=patch))
+    assert given[0].shape[2:] == (16 * grid[0], 16 * grid[1])
+    rows, columns = (torch.arange(16 * n) * patch // 16 for n in grid)
+    exact = imagenet((image.double()[:, :, rows][..., columns] + 1) / 2)
+    assert ((given[0].double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
+
+
 def test_repa_on_kept_tokens_is_dense_repa_restricted_to_them() -> None:
     repa = make("repa")
     seen = prediction(height=128, width=96)
