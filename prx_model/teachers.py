@@ -152,8 +152,8 @@ class REPA(Teacher):
         return -F.cosine_similarity(_wide(projected), _wide(target), dim=-1, eps=_COSINE_EPS).mean(dim=1)
 
     def _target(self, prediction: Prediction) -> Tensor:
-        height, width = self._size(*prediction.image.shape[2:], prediction.patch_size)
-        resized = F.interpolate(prediction.image, size=(height, width))
+        height, width = prediction.image.shape[2:]
+        resized = F.interpolate(prediction.image, size=self._size(height, width, prediction.patch_size))
         return self.patch_tokens(imagenet((resized + 1) / 2).to(self.dtype))
 
     def flop(self, height: int, width: int, patch_size: int = 32) -> float:

@@ -18,7 +18,7 @@ SIZES = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, 
 
 def transformers_model(kind: str, *, biases: bool = False) -> nn.Module:
     """Of timm's small sizes, with weights that every part of the network has a say in."""
-    from transformers import DINOv3ViTConfig, DINOv3ViTModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, DINOv3ViTConfig, DINOv3ViTModel
 
     if kind == DINOV2:
         model: nn.Module = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(patch_size=14, image_size=518, **SIZES))
