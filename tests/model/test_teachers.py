@@ -122,6 +122,17 @@ def test_lpips_is_the_package_on_bilinear_half_size(size: tuple[int, int]) -> No
     assert lpips.network.pnet_type == "vgg"
 
 
+@pytest.mark.parametrize("network", ["vgg", "alex", "squeeze"])
+def test_lpips_smallest_picture_goes_through_and_a_smaller_one_does_not(network: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lpips = LPIPSLoss(network=network, weights="random", dtype=FP32)
+    side = LPIPSLoss.SMALLEST[network]
+    assert torch.isfinite(lpips(prediction(height=side, width=side + 7))).all()
+    with pytest.raises(RuntimeError, match="too small"):
+        lpips(prediction(height=side - 2, width=side + 7))
+
+
 def test_lpips_written_out() -> None:
     """Unit-length features of five layers, squared differences, the package's learned weights, mean over places."""
     lpips = make("lpips")
