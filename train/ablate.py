@@ -154,8 +154,9 @@ def table(rows: Sequence[Row], metric: str, target: float) -> str:
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample deviation; the latter is not a number for a single value."""
-    return mean(values), stdev(values) if len(values) > 1 else math.nan
+    """Mean and sample deviation; the latter is not a number for a single value, or where a run has diverged."""
+    spread = len(values) > 1 and all(map(math.isfinite, values))
+    return mean(values), stdev(values) if spread else math.nan
 
 
 def _shown(pair: tuple[float, float] | None, form: str) -> str:
@@ -251,7 +252,8 @@ def main() -> int:
     printed = table(rows, asked.metric, asked.target)
     settings = {"preset": asked.preset, "words": common, "metric": asked.metric, "target": asked.target}
     settings |= {"window": asked.window, "variants": [asdict(one) for one in variants]}
-    found = {**settings, "runs": [asdict(run) for run in runs], "rows": [_plain(row) for row in rows]}
+    plain = [{**asdict(run), "last": _number(run.last)} for run in runs]
+    found = {**settings, "runs": plain, "rows": [_plain(row) for row in rows]}
     (asked.out / "ablation.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
     (asked.out / "ablation.md").write_text(printed + "\n")
     print(f"\n{printed}")
@@ -261,11 +263,12 @@ def main() -> int:
 def _plain(row: Row) -> dict[str, Any]:
     """A row as JSON can say it: null where there is no value."""
     pairs = {"steps": row.steps, "seconds": row.seconds, "last": row.last}
-    named = {
-        name: pair and {"mean": pair[0], "deviation": None if math.isnan(pair[1]) else pair[1]}
-        for name, pair in pairs.items()
-    }
+    named = {name: pair and {"mean": _number(pair[0]), "deviation": _number(pair[1])} for name, pair in pairs.items()}
     return {"variant": row.variant, "runs": row.runs, "reached": row.reached, **named}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:

@@ -168,6 +168,25 @@ def test_two_variants_run_from_command_to_table_and_are_not_repeated(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.parametrize(("lost", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_a_variant_that_diverged_is_a_row_and_the_others_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: float, shown: str
+) -> None:
+    lasts = iter([0.25, 0.5, lost, 0.25])
+    monkeypatch.setattr("train.ablate.train_one", lambda words, recipe, ranks: None)
+    monkeypatch.setattr("train.ablate.read", lambda *_: [Point(10, 1.0, 1.0), Point(20, 2.0, next(lasts))])
+    words = ["shapes", "--target", "0.3", "--seeds", "0", "1", "--out", str(tmp_path), "--variant", "base"]
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *words, "--variant", "wild: --muon.lr 9"])
+    assert main() == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "| base | 1 of 2 | 20 | 2.0 | 0.3750 ± 0.1768 |",
+        f"| wild | 1 of 2 | 20 | 2.0 | {shown} |",
+    ]
+    found = json.loads((tmp_path / "ablation.json").read_text())
+    assert found["runs"][2]["last"] is None
+    assert found["rows"][1]["last"] == {"mean": None, "deviation": None}
+
+
 def test_a_run_that_fails_stops_the_rest_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.ablate._wait", lambda words: 2)
     words = ["shapes", "--target", "1", "--out", str(tmp_path), "--variant", "base"]
