@@ -98,7 +98,7 @@ def load_lpips(network: str = "vgg", weights: str = "") -> nn.Module:
         warnings.simplefilter("ignore")  # lpips calls torchvision by an old argument
         try:
             made = lpips.LPIPS(net=network, pnet_rand=weights != "", verbose=False)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter where a download has another checksum
             raise ValueError(
                 f"the weights of LPIPS's trunk {network!r} could not be downloaded: {_first_line(error)}; "
                 "give the file of torchvision's network with --lpips.weights"

@@ -356,3 +356,17 @@ def test_weights_that_cannot_be_downloaded_are_a_sentence(monkeypatch: pytest.Mo
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ValueError, match="could not be had from timm's hub: no route to the hub; give a file"):
         REPA(HIDDEN, name=SMALL_DINOV3)
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError('invalid hash value (expected "397923af")')])
+def test_a_trunk_that_cannot_be_downloaded_whole_is_a_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lpips
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(lpips, "LPIPS", fail)
+    with pytest.raises(ValueError, match="trunk 'vgg' could not be downloaded: .*; give the file of torchvision's"):
+        LPIPSLoss()

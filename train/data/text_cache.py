@@ -188,7 +188,7 @@ class ShardWriter:
 
 
 class CacheIndex:
-    """Which captions a folder holds, and where: 40 bytes of memory a caption.
+    """Which captions a folder holds, and where: 48 bytes of memory a caption.
 
     Raises:
         UserError: a folder that is none, another encoder's, or a shard that is missing or damaged, by its file;
