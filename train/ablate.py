@@ -6,6 +6,7 @@ python train/ablate.py shapes --target 0.35 --variant base --variant "adam: --no
 import argparse
 import json
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -212,10 +213,10 @@ def _wait(words: Sequence[str]) -> int:
 
 
 def variant(text: str) -> Variant:
-    """Read "name" or "name: --word value …".
+    """Read "name" or "name: --word value …", quoted as a shell takes them.
 
     Raises:
-        UserError: no name, or one that is no name of a folder.
+        UserError: no name, one that is no name of a folder, or a quote that does not end.
     """
     name, _, words = text.partition(":")
     name = name.strip()
@@ -223,7 +224,10 @@ def variant(text: str) -> Variant:
         raise UserError(
             f"--variant takes 'name' or 'name: --field value', with a name that a folder can have; got {text!r}"
         )
-    return Variant(name, tuple(words.split()))
+    try:
+        return Variant(name, tuple(shlex.split(words)))
+    except ValueError as error:
+        raise UserError(f"the words of --variant {text!r} cannot be read: {error}") from None
 
 
 def main() -> int:
