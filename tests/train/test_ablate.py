@@ -110,7 +110,7 @@ def test_variants_are_a_name_and_words() -> None:
     assert variant("base").words == ()
     assert variant("no muon: --no-muon --adam.lr 1e-3").words == ("--no-muon", "--adam.lr", "1e-3")
     assert variant("mine: --data.path 'my pictures'").words == ("--data.path", "my pictures")
-    with pytest.raises(UserError, match="the words of --variant \"a: 'b\" cannot be read: No closing quotation"):
+    with pytest.raises(UserError, match='the words of --variant "a: \'b" cannot be read: No closing quotation'):
         variant("a: 'b")
     for text in ("", ": --no-muon", "a/b", "--no-muon", ".."):
         with pytest.raises(UserError, match="--variant takes 'name' or 'name: --field value'"):
