@@ -93,15 +93,15 @@ def project(image: Tensor, weight: Tensor, bias: Tensor | None, patch_size: int,
     size = _config(table, weight, bottleneck)
     row_tiles, col_tiles = _tiles(rows, size, "ROWS"), _tiles(bottleneck, size, "COLS")
     splits, steps = _split(row_tiles * col_tiles, _tiles(features, size, "DEPTH"), image.device)
-    parts = out if splits == 1 else _parts(splits, out)
+    parts = _parts(splits, out)
     with on_device(image):
         kernels.project_kernel[(row_tiles, col_tiles, splits)](
             parts, image, weight, weight if bias is None else bias.contiguous(), *_noise_pointers(noise, weight),
             rows, features, bottleneck, *grid, *strides, noise.scale if noise else 1.0, steps,
-            P=patch_size, NOISE=noise is not None, FOURS=patch_size % 4 == 0, BIAS=bias is not None and splits == 1,
-            PARTIAL=splits > 1, ALIGN=alignment(features, bottleneck), PIXELS=alignment(*strides[:3]), **size.options,
+            FOURS=patch_size % 4 == 0, BIAS=bias is not None and splits == 1, PARTIAL=splits > 1,
+            **_constants(patch_size, noise is not None, features, bottleneck, strides), **size.options,
         )  # fmt: skip
-    return out if splits == 1 else _sum_parts(out, parts, bias)
+    return _sum_parts(out, parts, bias)
 
 
 def weight_gradient(grad: Tensor, image: Tensor, patch_size: int, noise: Noise | None) -> Tensor:
@@ -117,15 +117,14 @@ def weight_gradient(grad: Tensor, image: Tensor, patch_size: int, noise: Noise |
     size = _config(table, grad, bottleneck)
     col_tiles, row_tiles = _tiles(features, size, "COLS"), _tiles(bottleneck, size, "ROWS")
     splits, steps = _split(row_tiles * col_tiles, _tiles(rows, size, "DEPTH"), image.device)
-    parts = out if splits == 1 else _parts(splits, out)
+    parts = _parts(splits, out)
     with on_device(image):
         kernels.weight_gradient_kernel[(col_tiles, row_tiles, splits)](
             parts, grad, image, *_noise_pointers(noise, grad), rows, features, bottleneck, *grid, *strides,
-            noise.scale if noise else 1.0, steps,
-            P=patch_size, NOISE=noise is not None, FOURS=patch_size % 4 == 0, PARTIAL=splits > 1,
-            ALIGN=alignment(features, bottleneck), PIXELS=alignment(*strides[:3]), **size.options,
+            noise.scale if noise else 1.0, steps, FOURS=patch_size % 4 == 0, PARTIAL=splits > 1,
+            **_constants(patch_size, noise is not None, features, bottleneck, strides), **size.options,
         )  # fmt: skip
-    return out if splits == 1 else _sum_parts(out, parts, None)
+    return _sum_parts(out, parts, None)
 
 
 def image_gradient(grad: Tensor, weight: Tensor, t: Tensor | None, like: Tensor, patch_size: int) -> Tensor:
@@ -141,13 +140,19 @@ def image_gradient(grad: Tensor, weight: Tensor, t: Tensor | None, like: Tensor,
     with on_device(out):
         kernels.image_gradient_kernel[(_tiles(rows, size, "ROWS"), _tiles(features, size, "COLS"))](
             out, grad, weight, grad if t is None else t, rows, features, bottleneck, tokens, columns, width, plane,
-            strides[0], P=patch_size, NOISE=t is not None, ALIGN=alignment(features, bottleneck),
-            PIXELS=alignment(*strides[:3]), **size.options,
+            strides[0], **_constants(patch_size, t is not None, features, bottleneck, strides), **size.options,
         )  # fmt: skip
     return out
 
 
+def _parts(splits: int, out: Tensor) -> Tensor:
+    """Where a product writes: `out` itself, or a float32 sum for each split of its depth."""
+    return out if splits == 1 else torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
+
+
 def _sum_parts(out: Tensor, parts: Tensor, bias: Tensor | None) -> Tensor:
+    if parts is out:
+        return out
     count, width = out.numel(), out.shape[-1]
     size = tuned(SUM_PARTS, 0, out.device)
     with on_device(out):
@@ -158,8 +163,16 @@ def _sum_parts(out: Tensor, parts: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def _parts(splits: int, out: Tensor) -> Tensor:
-    return torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
+def _constants(
+    patch_size: int, noise: bool, features: int, bottleneck: int, strides: tuple[int, int, int, int]
+) -> dict[str, int]:
+    """What all three products are compiled for."""
+    return {
+        "P": patch_size,
+        "NOISE": noise,
+        "ALIGN": alignment(features, bottleneck),
+        "PIXELS": alignment(*strides[:3]),
+    }
 
 
 def picture_geometry(image: Tensor, patch_size: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:

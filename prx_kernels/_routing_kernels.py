@@ -197,7 +197,6 @@ def hint(number, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
 SAMPLE_KEEP: Table = {
     0: (
         (1024, Config((), num_warps=4)),
-        (4096, Config((), num_warps=16)),
         (16384, Config((), num_warps=16)),
     )
 }

@@ -110,10 +110,7 @@ def zeropower_via_newtonschulz5(G: Tensor, steps: int = 5) -> Tensor:
     Returns:
         bfloat16, of the shape of G.
     """
-    polynomial_steps = polynomials("jordan", steps)
-    _check_matrices([G])
-    resets = _resolve(polynomial_steps, "auto", "auto", torch.float16)
-    return _orthogonalise([G], polynomial_steps, "auto", resets, torch.float16, 1e-7)[0].to(torch.bfloat16)
+    return newton_schulz(G, ns_steps=steps).to(torch.bfloat16)
 
 
 # --- the iteration -----------------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ def load_timm(name: str, weights: str = "", *, with_head: bool = False) -> nn.Mo
     Args:
         name: timm's model name, with or without a pretrained tag.
         with_head: keep the network's own last linear map, CLIP's into the space it shares with text.
-        weights: "" takes those of timm's hub; a path to a .safetensors or .pth file (timm's names or those of the
-            network's authors), or to a folder that holds model.safetensors; "random" takes none, and warns.
+        weights: "" takes those of timm's hub; a path to a .safetensors or .pth file (timm's names, those of the
+            network's authors or, for DINOv2 and DINOv3, those of transformers), or to a folder that holds
+            model.safetensors; "random" takes none, and warns.
 
     Raises:
         ValueError: an unknown network, or weights that are not there or do not fit; the message says which.
@@ -42,8 +43,7 @@ def load_timm(name: str, weights: str = "", *, with_head: bool = False) -> nn.Mo
     if weights:
         hub = model.pretrained_cfg.get("hf_hub_id") or f"timm/{name}"
         wanted = f"a checkpoint of {name}, for example model.safetensors of the hub model {hub}"
-        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-        fill(model, name, weights, wanted, convert and (lambda state: convert(state, model)))
+        fill(model, name, weights, wanted, lambda state: _to_timm(state, model, name))
     return model
 
 
@@ -71,7 +71,12 @@ def fill(
         return
     file = _find(weights, wanted)
     state = _read(file)
-    _load(model, convert(state) if convert is not None else state, file, name)
+    if convert is not None:
+        try:
+            state = convert(state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{str(file)!r} does not hold the weights of {name}: {_first_line(error)}") from None
+    _load(model, state, file, name)
 
 
 def load_lpips(network: str = "vgg", weights: str = "") -> nn.Module:
@@ -93,7 +98,7 @@ def load_lpips(network: str = "vgg", weights: str = "") -> nn.Module:
         warnings.simplefilter("ignore")  # lpips calls torchvision by an old argument
         try:
             made = lpips.LPIPS(net=network, pnet_rand=weights != "", verbose=False)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter where a download has another checksum
             raise ValueError(
                 f"the weights of LPIPS's trunk {network!r} could not be downloaded: {_first_line(error)}; "
                 "give the file of torchvision's network with --lpips.weights"
@@ -128,6 +133,62 @@ def _from_hub(name: str, arguments: dict[str, Any]) -> nn.Module:
             "--evaluation.dino-weights PATH)"
         ) from error
     return made
+
+
+def _to_timm(state: dict[str, Tensor], model: Any, name: str) -> dict[str, Tensor]:
+    """A file's weights under timm's names, from those of timm, of the network's authors or of transformers.
+
+    Raises:
+        ValueError: biases of queries and values, which a network without them would leave out.
+    """
+    if any(key.endswith("layer.0.attention.q_proj.weight") or "attention.attention.query" in key for key in state):
+        state = _from_transformers(state)
+    if "storage_tokens" in state and not any(key.endswith("q_bias") for key, _ in model.named_parameters()):
+        # DINOv3's small networks have biases of zero there, and timm's form without them; one of key is masked.
+        for key in [key for key in state if key.endswith("attn.qkv.bias")]:
+            query, _, value = state.pop(key).chunk(3)
+            if query.any() or value.any():
+                raise ValueError(f"it has biases that {name} leaves out, first {key}; take {name}_qkvb")
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return state if convert is None else convert(state, model)
+
+
+# Of transformers' DINOv2 (with registers or without) and DINOv3, on the hub and as version 5 writes them.
+_FROM_TRANSFORMERS = (
+    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.", ""),
+    (r"^(encoder\.|model\.)?layer\.", "blocks."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"^layernorm\.", "norm."),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+)
+
+
+def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under their authors' names: query, key and value in one, DINOv3's registers as `storage_tokens`."""
+    dinov3 = "embeddings.position_embeddings" not in state
+    gated = any(".gate_proj." in key for key in state)
+    names = [*_FROM_TRANSFORMERS]
+    if dinov3:
+        names.append((r"^register_tokens$", "storage_tokens"))
+        kinds = (("gate_proj", "w1"), ("up_proj", "w2"), ("down_proj", "w3"))
+        names += kinds if gated else (("up_proj", "fc1"), ("down_proj", "fc2"))
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for pattern, new in names:
+            key = re.sub(pattern, new, key)
+        renamed[key] = value
+    for key in [key for key in renamed if ".attn.q." in key]:
+        query = renamed.pop(key)
+        parts = [renamed.pop(key.replace(".attn.q.", f".attn.{kind}."), torch.zeros_like(query)) for kind in "kv"]
+        renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([query, *parts])
+    return renamed
 
 
 def _find(path: str, wanted: str) -> Path:

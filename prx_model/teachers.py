@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -93,15 +93,20 @@ class Teacher(nn.Module):
         """One loss a sample, unweighted: (batch,) float32 (float64 for a network in float64)."""
 
     @abstractmethod
-    def flop(self, height: int, width: int) -> float:
-        """Operations for one picture of this size, forward, and backward to the prediction where there is one."""
+    def flop(self, height: int, width: int, patch_size: int = 32) -> float:
+        """Operations for one picture of this size, forward, and backward to the prediction where there is one.
+
+        Args:
+            patch_size: of the denoiser, in pixels.
+        """
 
 
 class REPA(Teacher):
     """Alignment of the denoiser's tokens with a vision transformer's: `-mean cos(projector(h), f(x0))`.
 
     Representation alignment, https://arxiv.org/abs/2410.06940, eq. 8, on the tokens that went through the blocks only.
-    The teacher sees the clean picture resized (nearest) by teacher patch / denoiser patch, so that both have one grid.
+    The teacher sees the clean picture resized (nearest) by teacher patch / denoiser patch, so that both have one grid,
+    then as `(x + 1) / 2`, normalised as ImageNet in the picture's precision.
 
     Args:
         hidden_size: width of the denoiser's tokens.
@@ -151,25 +156,33 @@ class REPA(Teacher):
         return -F.cosine_similarity(_wide(projected), _wide(target), dim=-1, eps=_COSINE_EPS).mean(dim=1)
 
     def _target(self, prediction: Prediction) -> Tensor:
-        factor = self.network.patch_embed.patch_size[0] / prediction.patch_size
-        resized = F.interpolate(prediction.image.to(self.dtype), scale_factor=factor)
-        return self.patch_tokens(imagenet((resized + 1) / 2))
+        height, width = prediction.image.shape[2:]
+        resized = F.interpolate(prediction.image, size=self._size(height, width, prediction.patch_size))
+        return self.patch_tokens(imagenet((resized + 1) / 2).to(self.dtype))
 
     def flop(self, height: int, width: int, patch_size: int = 32) -> float:
-        factor = self.network.patch_embed.patch_size[0] / patch_size
-        return _count(self.network.forward_features, round(height * factor), round(width * factor), gradient=False)
+        return _count(self.network.forward_features, *self._size(height, width, patch_size), gradient=False)
+
+    def _size(self, height: int, width: int, patch_size: int) -> tuple[int, int]:
+        """Pixels of the teacher's picture: a patch for each of the denoiser's."""
+        patch: int = self.network.patch_embed.patch_size[0]
+        return height // patch_size * patch, width // patch_size * patch
 
 
 class LPIPSLoss(Teacher):
     """LPIPS (https://arxiv.org/abs/1801.03924) of prediction and picture at half size, without a clamp.
 
     Half size is the mean of 2x2 pixels: what bilinear resizing by 0.5 is, and deterministic in its backward.
+    Pictures are at least `SMALLEST[network]` pixels a side.
 
     Args:
         network: trunk, "vgg", "alex" or "squeeze".
         weights: see `teacher_weights.load_lpips`.
         dtype: of trunk and linear maps.
     """
+
+    SMALLEST: ClassVar[dict[str, int]] = {"vgg": 32, "alex": 62, "squeeze": 34}
+    """Pixels a side of whole pictures that leave the trunk's last layer at least one of its own."""
 
     def __init__(self, *, network: str = "vgg", weights: str = "", dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(load_lpips(network, weights), dtype)
@@ -180,7 +193,7 @@ class LPIPSLoss(Teacher):
         distance: Tensor = self._frozen[1](predicted, target)
         return _wide(distance.flatten(1)).mean(dim=1)
 
-    def flop(self, height: int, width: int) -> float:
+    def flop(self, height: int, width: int, patch_size: int = 32) -> float:
         trunk = self.network.net
         target = _count(trunk, height // 2, width // 2, gradient=False)
         return target + _count(trunk, height // 2, width // 2, gradient=True)
@@ -226,7 +239,7 @@ class PerceptualDINO(Teacher):
         resized = F.interpolate(normalised, size=(self.size, self.size), mode="bilinear", antialias=False)
         return self.patch_tokens(resized.to(self.dtype))
 
-    def flop(self, height: int, width: int) -> float:
+    def flop(self, height: int, width: int, patch_size: int = 32) -> float:
         forward = self.network.forward_features
         target = _count(forward, self.size, self.size, gradient=False)
         return target + _count(forward, self.size, self.size, gradient=True)

@@ -30,6 +30,11 @@ LOCAL_OFFSETS, LOCAL_BIAS = (-1, -2, 1, 2, -3, 3, 0, -1), 8.0
 GROUP, LENGTH_STEP = 4, 32
 
 
+def _written(caption: str) -> str:
+    """The caption with "?" for each half of a surrogate pair: JSON can say those, and no encoding can write them."""
+    return caption.encode(errors="replace").decode()
+
+
 class ByteTower(nn.Module):
     """Byte-level encoder of the T5 v1.1 form with ByT5's tokens; small, trained with the denoiser.
 
@@ -88,7 +93,7 @@ class ByteTower(nn.Module):
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """UTF-8 bytes and an end token, padded on the right to the longest: ids and mask, (batch, L) int64 and bool."""
-        rows = [[FIRST_BYTE + b for b in c.encode()[: self.max_tokens - 1]] + [END] for c in captions]
+        rows = [[FIRST_BYTE + b for b in _written(c).encode()[: self.max_tokens - 1]] + [END] for c in captions]
         length = max(len(row) for row in rows)
         ids = torch.tensor([row + [PAD] * (length - len(row)) for row in rows], dtype=torch.int64)
         return ids, ids != PAD
@@ -200,7 +205,11 @@ class T5GemmaTower(nn.Module):
     def tokenize(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (batch, max_tokens) int64 and bool, padded on the right."""
         tokens = self.tokenizer(
-            list(captions), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
+            [_written(c) for c in captions],
+            padding="max_length",
+            max_length=self.max_tokens,
+            truncation=True,
+            return_tensors="pt",
         )
         return tokens["input_ids"], tokens["attention_mask"].bool()
 
@@ -218,7 +227,8 @@ class T5GemmaTower(nn.Module):
         """
         device = next(self.parameters()).device
         distinct = list(dict.fromkeys(captions))
-        tokens = self.tokenizer(distinct, truncation=True, max_length=self.max_tokens)["input_ids"] if distinct else []
+        texts = [_written(c) for c in distinct]
+        tokens = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"] if distinct else []
         encoded: dict[str, Tensor] = {}
         buckets: dict[int, list[int]] = {}
         for index, ids in enumerate(tokens):

@@ -6,6 +6,7 @@ python train/ablate.py shapes --target 0.35 --variant base --variant "adam: --no
 import argparse
 import json
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -154,8 +155,9 @@ def table(rows: Sequence[Row], metric: str, target: float) -> str:
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample deviation; the latter is not a number for a single value."""
-    return mean(values), stdev(values) if len(values) > 1 else math.nan
+    """Mean and sample deviation; the latter is not a number for a single value, or where a run has diverged."""
+    spread = len(values) > 1 and all(map(math.isfinite, values))
+    return mean(values), stdev(values) if spread else math.nan
 
 
 def _shown(pair: tuple[float, float] | None, form: str) -> str:
@@ -211,10 +213,10 @@ def _wait(words: Sequence[str]) -> int:
 
 
 def variant(text: str) -> Variant:
-    """Read "name" or "name: --word value …".
+    """Read "name" or "name: --word value …", quoted as a shell takes them.
 
     Raises:
-        UserError: no name, or one that is no name of a folder.
+        UserError: no name, one that is no name of a folder, or a quote that does not end.
     """
     name, _, words = text.partition(":")
     name = name.strip()
@@ -222,7 +224,10 @@ def variant(text: str) -> Variant:
         raise UserError(
             f"--variant takes 'name' or 'name: --field value', with a name that a folder can have; got {text!r}"
         )
-    return Variant(name, tuple(words.split()))
+    try:
+        return Variant(name, tuple(shlex.split(words)))
+    except ValueError as error:
+        raise UserError(f"the words of --variant {text!r} cannot be read: {error}") from None
 
 
 def main() -> int:
@@ -251,7 +256,8 @@ def main() -> int:
     printed = table(rows, asked.metric, asked.target)
     settings = {"preset": asked.preset, "words": common, "metric": asked.metric, "target": asked.target}
     settings |= {"window": asked.window, "variants": [asdict(one) for one in variants]}
-    found = {**settings, "runs": [asdict(run) for run in runs], "rows": [_plain(row) for row in rows]}
+    plain = [{**asdict(run), "last": _number(run.last)} for run in runs]
+    found = {**settings, "runs": plain, "rows": [_plain(row) for row in rows]}
     (asked.out / "ablation.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
     (asked.out / "ablation.md").write_text(printed + "\n")
     print(f"\n{printed}")
@@ -261,11 +267,12 @@ def main() -> int:
 def _plain(row: Row) -> dict[str, Any]:
     """A row as JSON can say it: null where there is no value."""
     pairs = {"steps": row.steps, "seconds": row.seconds, "last": row.last}
-    named = {
-        name: pair and {"mean": pair[0], "deviation": None if math.isnan(pair[1]) else pair[1]}
-        for name, pair in pairs.items()
-    }
+    named = {name: pair and {"mean": _number(pair[0]), "deviation": _number(pair[1])} for name, pair in pairs.items()}
     return {"variant": row.variant, "runs": row.runs, "reached": row.reached, **named}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:

@@ -56,7 +56,8 @@ def precompute(recipe: Recipe, world: "World", shard_tokens: int | None = None) 
     """Encode this rank's share of the captions that its cache lacks; gives a sentence about what was done.
 
     Raises:
-        UserError: settings without a cache, data or an encoder that cannot be read, or a damaged shard.
+        UserError: settings without a cache, data or an encoder that cannot be read, a damaged shard, or another
+            process that writes as this rank.
     """
     from prx_model.text import T5GemmaTower
     from train.build import frozen_tower
@@ -69,21 +70,21 @@ def precompute(recipe: Recipe, world: "World", shard_tokens: int | None = None) 
             "--data.path and --text.cache"
         )
     folder, encoding = Path(text.cache), Encoding.of(text)
-    writer = ShardWriter(folder, encoding, world.rank, shard_tokens or SHARD_TOKENS)
-    index = CacheIndex(folder, encoding, missing_allowed=True)
-    todo = _missing(recipe, index, encoding, world)
     tower: T5GemmaTower | None = None
     encoded, tokens, began = 0, 0, time.monotonic()
-    while chunk := list(islice(todo, CHUNK)):
-        if tower is None:  # not before there is something to encode
-            tower = frozen_tower(text).to(world.device)
-        out, lengths = tower.encode(chunk)
-        writer.add(chunk, out, lengths)
-        encoded, tokens = encoded + len(chunk), tokens + len(out)
-        if world.is_main and encoded % (_REPORT_EVERY * CHUNK) == 0:
-            rate = encoded / (time.monotonic() - began)
-            print(f"rank 0 of {world.size}: {encoded:,} captions, {rate:.0f} captions/s", flush=True)
-    writer.flush()
+    with ShardWriter(folder, encoding, world.rank, world.size, shard_tokens or SHARD_TOKENS) as writer:
+        index = CacheIndex(folder, encoding, missing_allowed=True)
+        todo = _missing(recipe, index, encoding, world)
+        while chunk := list(islice(todo, CHUNK)):
+            if tower is None:  # not before there is something to encode
+                tower = frozen_tower(text).to(world.device)
+            out, lengths = tower.encode(chunk)
+            writer.add(chunk, out, lengths)
+            encoded, tokens = encoded + len(chunk), tokens + len(out)
+            if world.is_main and encoded % (_REPORT_EVERY * CHUNK) == 0:
+                rate = encoded / (time.monotonic() - began)
+                print(f"rank 0 of {world.size}: {encoded:,} captions, {rate:.0f} captions/s", flush=True)
+        writer.flush()
     return (
         f"{folder}: rank {world.rank} of {world.size} encoded {encoded:,} captions ({tokens:,} tokens); "
         f"{len(index):,} were there before"

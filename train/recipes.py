@@ -93,7 +93,7 @@ class LPIPS:
     weights: str = ""
     """A file with the weights of torchvision's trunk; the hub's unless given; "random" for none."""
     t_max: float = 1.0
-    """Only samples with t below this go through it; 1 is all."""
+    """Only samples with t below this go through it, the others count as 0; 1 is all."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class PDINO:
     weights: str = ""
     """A file or folder with the network's weights; timm's hub unless given; "random" for none."""
     t_max: float = 1.0
-    """Only samples with t below this go through it; 1 is all."""
+    """Only samples with t below this go through it, the others count as 0; 1 is all."""
     size: int = 224
     """Pixels a side of the teacher's input."""
 

@@ -68,6 +68,23 @@ def test_repa_is_minus_the_mean_cosine_with_the_resized_teachers_tokens(size: tu
     assert sum(isinstance(layer, torch.nn.SiLU) for layer in repa.projector) == 2
 
 
+@pytest.mark.parametrize(("patch", "grid"), [(32, (48, 80)), (32, (1, 1)), (32, (47, 3)), (49, (2, 24))])
+def test_repas_teacher_has_a_patch_for_each_of_the_denoisers(
+    patch: int, grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what it is given has been rounded once, to the 8 bits of bf16."""
+    repa = copy.copy(make("repa"))
+    given: list[Tensor] = []
+    monkeypatch.setattr(repa, "dtype", torch.bfloat16)
+    monkeypatch.setattr(repa, "patch_tokens", lambda image: given.append(image) or image)
+    image = prediction(height=patch * grid[0], width=patch * grid[1], batch=1).image
+    repa._target(Prediction(image, image, patch_size=patch))
+    assert given[0].shape[2:] == (16 * grid[0], 16 * grid[1])
+    rows, columns = (torch.arange(16 * n) * patch // 16 for n in grid)
+    exact = imagenet((image.double()[:, :, rows][..., columns] + 1) / 2)
+    assert ((given[0].double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
+
+
 def test_repa_on_kept_tokens_is_dense_repa_restricted_to_them() -> None:
     repa = make("repa")
     seen = prediction(height=128, width=96)
@@ -103,6 +120,17 @@ def test_lpips_is_the_package_on_bilinear_half_size(size: tuple[int, int]) -> No
     half = [F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False) for x in (seen.x0_hat, seen.image)]
     torch.testing.assert_close(lpips(seen), lpips.network(*half).flatten(), rtol=1e-5, atol=1e-7)
     assert lpips.network.pnet_type == "vgg"
+
+
+@pytest.mark.parametrize("network", ["vgg", "alex", "squeeze"])
+def test_lpips_smallest_picture_goes_through_and_a_smaller_one_does_not(network: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lpips = LPIPSLoss(network=network, weights="random", dtype=FP32)
+    side = LPIPSLoss.SMALLEST[network]
+    assert torch.isfinite(lpips(prediction(height=side, width=side + 7))).all()
+    with pytest.raises(RuntimeError, match="too small"):
+        lpips(prediction(height=side - 2, width=side + 7))
 
 
 def test_lpips_written_out() -> None:
@@ -328,3 +356,17 @@ def test_weights_that_cannot_be_downloaded_are_a_sentence(monkeypatch: pytest.Mo
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ValueError, match="could not be had from timm's hub: no route to the hub; give a file"):
         REPA(HIDDEN, name=SMALL_DINOV3)
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError('invalid hash value (expected "397923af")')])
+def test_a_trunk_that_cannot_be_downloaded_whole_is_a_sentence(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lpips
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(lpips, "LPIPS", fail)
+    with pytest.raises(ValueError, match="trunk 'vgg' could not be downloaded: .*; give the file of torchvision's"):
+        LPIPSLoss()

@@ -300,6 +300,18 @@ def test_no_caption_and_a_caption_given_twice(long_tower: T5GemmaTower) -> None:
 # --- T5Gemma: folders that are wrong ------------------------------------------------------------------------------
 
 
+def test_half_a_surrogate_pair_is_encoded_as_a_question_mark(long_tower: T5GemmaTower) -> None:
+    """As a caption cut within an emoji comes out of JSON."""
+    half, mark = "a fox \ud83e", "a fox ?"
+    encoded, lengths = long_tower.encode([half, mark, "🦊"])
+    first, second, _ = parts(encoded, lengths)
+    assert torch.equal(first, second)
+    for tower in (long_tower, make_byte_tower()):
+        ids, mask = tower.tokenize([half, mark])
+        assert torch.equal(ids[0], ids[1])
+        assert torch.equal(mask[0], mask[1])
+
+
 def copy_without(source: Path, target: Path, name: str) -> None:
     for path in source.iterdir():
         if path.name != name:

@@ -109,6 +109,9 @@ def test_the_table_has_mean_and_sample_deviation_of_the_seeds_that_reached_it() 
 def test_variants_are_a_name_and_words() -> None:
     assert variant("base").words == ()
     assert variant("no muon: --no-muon --adam.lr 1e-3").words == ("--no-muon", "--adam.lr", "1e-3")
+    assert variant("mine: --data.path 'my pictures'").words == ("--data.path", "my pictures")
+    with pytest.raises(UserError, match='the words of --variant "a: \'b" cannot be read: No closing quotation'):
+        variant("a: 'b")
     for text in ("", ": --no-muon", "a/b", "--no-muon", ".."):
         with pytest.raises(UserError, match="--variant takes 'name' or 'name: --field value'"):
             variant(text)
@@ -166,6 +169,25 @@ def test_two_variants_run_from_command_to_table_and_are_not_repeated(
     assert again.count("finished before") == 2
     assert "| adam | 0 of 1 | never | never |" in again
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(("lost", "shown"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_a_variant_that_diverged_is_a_row_and_the_others_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: float, shown: str
+) -> None:
+    lasts = iter([0.25, 0.5, lost, 0.25])
+    monkeypatch.setattr("train.ablate.train_one", lambda words, recipe, ranks: None)
+    monkeypatch.setattr("train.ablate.read", lambda *_: [Point(10, 1.0, 1.0), Point(20, 2.0, next(lasts))])
+    words = ["shapes", "--target", "0.3", "--seeds", "0", "1", "--out", str(tmp_path), "--variant", "base"]
+    monkeypatch.setattr(sys, "argv", ["ablate.py", *words, "--variant", "wild: --muon.lr 9"])
+    assert main() == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "| base | 1 of 2 | 20 | 2.0 | 0.3750 ± 0.1768 |",
+        f"| wild | 1 of 2 | 20 | 2.0 | {shown} |",
+    ]
+    found = json.loads((tmp_path / "ablation.json").read_text())
+    assert found["runs"][2]["last"] is None
+    assert found["rows"][1]["last"] == {"mean": None, "deviation": None}
 
 
 def test_a_run_that_fails_stops_the_rest_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from benchmarks.roofline import vgg16_forward
 from train import checkpoint, parallel
-from train.data.loader import batches
+from train.data.loader import Batch, batches
 from train.errors import UserError
 from train.loop import Outcome, Trainer
 from train.recipes import LPIPS, PDINO, REPA, Checkpoint, Output, Recipe, Routing, shapes
@@ -127,6 +127,31 @@ def test_samples_above_t_max_do_not_go_through_a_teacher(tmp_path: Path, monkeyp
     assert any(0 < count < 4 for count in expected), "the limit must cut somewhere for this test to say anything"
 
 
+def test_a_loss_of_some_samples_is_the_mean_of_those_of_its_halves(tmp_path: Path) -> None:
+    """As two ranks see them, whose shares below t_max differ: the mean over ranks is that of one rank alone."""
+    limited = tiny(tmp_path, lpips=replace(LPIPS_SMALL, t_max=0.6))
+    trainer = Trainer(limited, parallel.start(limited.train))
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    tokens = torch.randn(4, 16, 192, generator=generator)
+    t = torch.tensor([0.1, 0.2, 0.3, 0.9])
+
+    def loss(chosen: slice) -> float:
+        batch = Batch(image[chosen], [""] * 4, torch.arange(4)[chosen], torch.arange(4)[chosen])
+        total, parts = trainer.teaching(batch, tokens[chosen], None, None, t[chosen], trainer.stopwatch)
+        assert float(total) == pytest.approx(0.1 * float(parts["lpips"]), rel=1e-6)
+        return float(parts["lpips"])
+
+    halves = [loss(slice(0, 2)), loss(slice(2, 4))]
+    assert loss(slice(0, 4)) == pytest.approx(sum(halves) / 2, rel=1e-5)
+    assert halves[1] < 0.75 * halves[0], "the second half has one sample below t_max"
+
+
+def test_a_weight_of_zero_builds_and_runs_nothing(tmp_path: Path) -> None:
+    none = {"lpips": replace(LPIPS_SMALL, weight=0.0), "pdino": replace(PDINO_SMALL, weight=0.0)}
+    assert build_teachers(tiny(tmp_path, repa=replace(REPA_SMALL, weight=0.0), **none), torch.device("cpu")) == {}
+
+
 def test_no_sample_below_t_max_is_a_loss_of_zero_with_gradients(tmp_path: Path) -> None:
     limited = tiny(tmp_path, lpips=replace(LPIPS_SMALL, t_max=1e-6))
     trainer, _ = run(limited)
@@ -148,6 +173,7 @@ def test_settings_that_do_not_fit_are_sentences(tmp_path: Path) -> None:
         ({"repa": replace(REPA_SMALL, projector_layers=0)}, "repa.projector_layers must be at least 1"),
         ({"repa": replace(REPA_SMALL, weights=str(tmp_path / "no.pth"))}, "there is no file"),
         ({"pdino": replace(PDINO_SMALL, size=30)}, "pdino.size 30 must be a multiple of the patch 14"),
+        ({"lpips": replace(LPIPS_SMALL, network="alex")}, "lpips.network 'alex' needs pictures of at least 62 pixels"),
     ):
         with pytest.raises(UserError, match=message):
             Trainer(tiny(tmp_path, **section), parallel.start(shapes().train))
