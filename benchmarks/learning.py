@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from train import loop, parallel
+from train import step as training_step
 from train.ablate import HELD_OUT, Point, read
 from train.commandline import parse
 from train.errors import UserError, exit_with_sentence
@@ -82,7 +83,7 @@ def train(words: Sequence[str], kind: type[Optimizers]) -> tuple[Recipe, list[Po
     if not finished(recipe):
         world = parallel.start(recipe.train)
         try:
-            with patch.object(loop, "Optimizers", kind):
+            with patch.object(training_step, "Optimizers", kind):
                 loop.Trainer(recipe, world).run()
         finally:
             parallel.finish()
