@@ -4,6 +4,7 @@ A step's random numbers come from (seed, stage, step, sample position, purpose):
 """
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,8 +18,9 @@ from prx_kernels import sample_keep, x_prediction_loss
 from prx_model import flow
 from prx_model.ema import EMA
 from prx_model.packed_text import PackedText
-from train import checkpoint, evaluate
+from train import evaluate
 from train.build import Modules, build
+from train.checkpoint import Checkpointer, Tensors, find_newest, load_into
 from train.data.loader import Batch, batches, fingerprint, open_dataset, open_validation
 from train.distances import Distances
 from train.errors import UserError
@@ -37,7 +39,7 @@ from train.parallel import (
 from train.pictures import save_grid
 from train.randomness import derive_seed
 from train.recipes import Recipe
-from train.run_folder import CONFIG, SAMPLES, check_same_run, run_folder, write_config
+from train.run_folder import CONFIG, SAMPLES, check_same_data, check_same_run, run_folder, write_config
 from train.stages import carry_over
 from train.stopwatch import Stopwatch
 from train.teaching import TeacherLosses, build_teachers
@@ -65,17 +67,28 @@ class Trainer:
         UserError: settings, data or a run's folder that do not fit; nothing is overwritten then.
     """
 
-    def __init__(self, recipe: Recipe, world: World, *, stage: int = 0, previous: Path | None = None) -> None:
-        self.recipe, self.world, self.stage = recipe, world, stage
+    def __init__(
+        self, recipe: Recipe, world: World, *, stage: int = 0, previous: Path | None = None, force: bool = False
+    ) -> None:
+        self.recipe, self.world, self.stage, self.force = recipe, world, stage, force
         self.folder = run_folder(recipe)
         if recipe.train.batch % world.size:
             raise UserError(f"train.batch {recipe.train.batch} must be a multiple of the {world.size} ranks")
-        fresh = not (self.folder / CONFIG).exists()
-        if not fresh:
-            check_same_run(self.folder, recipe)
+        if (self.folder / CONFIG).exists():
+            self._insist(lambda: check_same_run(self.folder, recipe))
         self.dataset = open_dataset(recipe.data, recipe.train.seed)
         self.validation = open_validation(recipe.data)
         self.distances = self._open_distances() if world.is_main else None
+        self.checkpointer = Checkpointer(self.folder, keep=recipe.checkpoint.keep)
+        try:
+            self._build(previous)
+        except BaseException:
+            self.checkpointer.close()
+            raise
+
+    def _build(self, previous: Path | None) -> None:
+        """Modules, optimizers and averages, with what a checkpoint (of this stage or the one before) has of them."""
+        recipe, world = self.recipe, self.world
         self.modules: Modules = build(recipe, world.device)
         teachers = build_teachers(recipe, world.device)
         self.teaching = TeacherLosses(recipe, teachers)
@@ -88,9 +101,9 @@ class Trainer:
         averaged = named_parameters(self.modules.trained())
         self.ema = EMA(averaged, decay=recipe.ema.decay, every=recipe.ema.every)
         self.first_position = 0
-        self.step = 0 if fresh else self._resume()
+        self.step = self._resume()
         if self.step == 0 and previous is not None:
-            self.first_position = carry_over(previous, self.trained, self.ema, self.optimizers)
+            self.first_position = carry_over(previous, self._tensors(), self.checkpointer.group)
         compile_blocks(self.modules.model.blocks, recipe.compile, world.device)
         compile_teachers(teachers.values(), recipe.compile, world.device)
         self._stop = False
@@ -140,7 +153,7 @@ class Trainer:
                         display.update(self.step, meter.shown(values))
                     stopping = any_rank(self._stop, self.world)
                     if stopping or self.step % recipe.checkpoint.every == 0 or self.step == settings.steps:
-                        self._save()
+                        self._save(wait=stopping or self.step == settings.steps)
                     if stopping:
                         break
                     if self.step % recipe.evaluation.every == 0 and self.step < settings.steps:
@@ -149,6 +162,7 @@ class Trainer:
                 if self.step >= settings.steps:
                     scores, grid = self._evaluate(metrics, display, final=True)
         finally:
+            self.checkpointer.close()
             metrics.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -254,46 +268,50 @@ class Trainer:
             found |= evaluate.distances(self.modules, self.validation, self.recipe, self.distances)
         return {f"{weights}/{name}": value for name, value in found.items()}
 
-    def _save(self) -> None:
-        """Save on rank 0 (all ranks hold the same); the others wait, so that none runs ahead of a stop."""
-        if self.world.is_main:
-            tensors = {name: module.state_dict() for name, module in self.trained.items()}
-            tensors |= {"ema": self.ema.state_dict(), "optimizer": self.optimizers.state_dict()}
-            state = {
-                "fingerprint": fingerprint(self.dataset),
-                "stage": self.stage,
-                "first_position": self.first_position,
-                "position": self.first_position + self.step * self.recipe.train.batch,
-            }
-            checkpoint.save(self.folder, self.step, tensors, state, keep=self.recipe.checkpoint.keep)
-        if self.world.size > 1:
-            dist.barrier()
+    def _tensors(self) -> Tensors:
+        """What a checkpoint holds, by section and name."""
+        tensors = {name: dict(module.state_dict()) for name, module in self.trained.items()}
+        return tensors | {"ema": self.ema.state_dict(), "optimizer": self.optimizers.state_dict()}
+
+    def _save(self, *, wait: bool) -> None:
+        """Save in the background; `wait` where nothing else is done before the end."""
+        facts = {
+            "fingerprint": fingerprint(self.dataset),
+            "stage": self.stage,
+            "first_position": self.first_position,
+            "position": self.first_position + self.step * self.recipe.train.batch,
+        }
+        self.checkpointer.save(self.step, self._tensors(), facts, wait=wait)
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint of the run's folder; gives the steps done."""
-        saved, messages = checkpoint.load_newest(self.folder)
-        for message in messages if self.world.is_main else ():
-            print(f"warning: {message}", flush=True)
-        if saved is None:
+        recipe = self.recipe
+        found = find_newest(self.folder, self.checkpointer.group)
+        if found is None:
             return 0
-        if saved.state.get("fingerprint") != fingerprint(self.dataset):
+        self._insist(lambda: check_same_run(found.folder, recipe))
+        before, now = found.state.get("fingerprint"), fingerprint(self.dataset)
+        self._insist(lambda: check_same_data(found.folder, recipe.data.path, before, now))
+        if found.step > recipe.train.steps:
             raise UserError(
-                f"the data at {self.recipe.data.path} are not those that {self.folder} was trained on; "
-                "give the old data, or start a new run with --output.name"
-            )
-        if saved.step > self.recipe.train.steps:
-            raise UserError(
-                f"{self.folder} has already done {saved.step} steps, more than train.steps {self.recipe.train.steps}; "
+                f"{self.folder} has already done {found.step} steps, more than train.steps {recipe.train.steps}; "
                 "start a new run with --output.name"
             )
-        for name, module in self.trained.items():
-            module.load_state_dict(saved.tensors[name])
-        self.ema.load_state_dict(saved.tensors["ema"])
-        self.optimizers.load_state_dict(saved.tensors["optimizer"])
-        self.first_position = int(saved.state["first_position"])
+        load_into(found, self._tensors(), self.checkpointer.group)
+        self.first_position = int(found.state["first_position"])
         if self.world.is_main:
-            print(f"going on with {self.folder} at step {saved.step}", flush=True)
-        return saved.step
+            print(f"going on with {self.folder} at step {found.step}", flush=True)
+        return found.step
+
+    def _insist(self, check: Callable[[], None]) -> None:
+        """Make a check whose refusal `--force` turns into a warning."""
+        try:
+            check()
+        except UserError as error:
+            if not self.force:
+                raise
+            if self.world.is_main:
+                print(f"warning: {error}; going on, as --force says", flush=True)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Finish the step, save and stop; a second Ctrl-C stops at once."""
