@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from pathlib import Path
 
 from train.errors import UserError
@@ -48,13 +49,15 @@ class RunLock:
             self._close_file()
             raise
         self._write()
-        threading.Thread(target=self._run, name="run lock", daemon=True).start()
+        # The thread knows the lock only weakly: one that nobody holds any more is let go.
+        threading.Thread(target=_live, args=(weakref.ref(self), self._stop), name="run lock", daemon=True).start()
 
     def release(self) -> None:
         """Give the folder free."""
         self._stop.set()
         if self._file in _open_files:
-            os.ftruncate(self._file, 0)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, 0)
             self._close_file()
 
     def _flock(self) -> bool:
@@ -97,12 +100,14 @@ class RunLock:
             f"{holder.get('pid', 'unknown')}); wait for it, stop it, or give this one its own --output.name"
         )
 
-    def _run(self) -> None:
-        while not self._stop.wait(BEAT_SECONDS):
-            self._beat += 1
-            # A full disk or a hiccup of the filesystem is no reason to stop training.
-            with contextlib.suppress(OSError):
-                self._write()
+    def __del__(self) -> None:
+        self.release()
+
+    def beat(self) -> None:
+        """Give a sign of life; a full disk or a hiccup of the filesystem is no reason to stop training."""
+        self._beat += 1
+        with contextlib.suppress(OSError):
+            self._write()
 
     def _write(self) -> None:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "beat": f"{self._beat:012d}"}
@@ -115,6 +120,15 @@ class RunLock:
         if file in _open_files:
             _open_files.remove(file)
             os.close(file)
+
+
+def _live(lock: "weakref.ref[RunLock]", stop: threading.Event) -> None:
+    while not stop.wait(BEAT_SECONDS):
+        held = lock()
+        if held is None:
+            return
+        held.beat()
+        del held
 
 
 def _close_in_child() -> None:
