@@ -1,16 +1,20 @@
-"""Ranks on gloo that save and load tiny tensors in all layouts; started by test_checkpoint_ranks.py.
+"""Ranks on gloo that save and load tiny tensors in all layouts; run by test_checkpoint_ranks.py.
 
-python -m tests.train.checkpoint_ranks <ranks> <folder> <action> …  forks the ranks, and leaves with 1 if one fails.
+python -m tests.train.checkpoint_ranks <folder> save:2:shard load:4:hsdp …  forks ranks for each step, one after the
+other, and prints as JSON how many ranks of each step failed.
 """
 
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch._dynamo  # DTensors import it: once here, and not in every rank
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -95,20 +99,20 @@ def load(folder: Path, kind: str) -> None:
     checkpointer.close()
 
 
-def start(ranks: int, folder: Path, action: Callable[[], None], *, survivors: bool = False) -> int:
-    """Fork ranks that meet on gloo (none meet where there is one), run an action on each; gives how many failed."""
-    meeting = folder / f"meeting-{os.getpid()}-{id(action)}"
+def start(ranks: int, folder: Path, action: Callable[[], None], *, alone: bool = False) -> list[int]:
+    """Fork ranks that meet on gloo (or one that stays alone) and run an action on each; gives their exit codes."""
+    meeting = folder / "meeting"
+    meeting.unlink(missing_ok=True)
+    limit = timedelta(seconds=60)
     children = []
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                if ranks > 1:
-                    dist.init_process_group(
-                        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks,
-                        timeout=timedelta(seconds=60),
-                    )  # fmt: skip
+                if not alone:
+                    where = f"file://{meeting}"
+                    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks, timeout=limit)
                 action()
                 code = 0
             except BaseException:
@@ -118,24 +122,21 @@ def start(ranks: int, folder: Path, action: Callable[[], None], *, survivors: bo
                 sys.stderr.flush()
                 os._exit(code)
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    meeting.unlink(missing_ok=True)
-    return sum(code != 0 for code in codes)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def main() -> int:
+def main() -> None:
     torch.set_num_threads(1)
-    ranks, folder, *steps = sys.argv[1:]
-    del ranks
-    # Steps are "save:2:shard", "load:4:hsdp", …
-    for step in steps:
-        action, count, kind = step.split(":")
-        function = {"save": save, "load": load}[action]
-        if start(int(count), Path(folder), lambda f=function, k=kind: f(Path(folder), k)):
-            print(f"failed: {step}", file=sys.stderr)
-            return 1
-    return 0
+    folder = Path(sys.argv[1])
+    (folder / "config.json").write_text("{}")
+    failed = {}
+    for step in sys.argv[2:]:
+        name, ranks, kind = step.split(":")
+        action = partial({"save": save, "load": load}[name], folder, kind)
+        codes = start(int(ranks), folder, action, alone=(ranks, kind) == ("1", "plain"))
+        failed[step] = sum(code != 0 for code in codes)
+    print(json.dumps(failed))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
