@@ -175,7 +175,11 @@ class Checkpointer:
             return
         self._thread.join()
         self._thread = None
-        reasons = [reason for reason in gather(self._error, self.group) if reason is not None]
+        try:
+            reasons = [reason for reason in gather(self._error, self.group) if reason is not None]
+        except RuntimeError as error:  # from gloo: a rank has ended, or its machine has
+            said = str(error).partition("\n")[0]
+            raise UserError(f"{self._failed('the other ranks no longer answer')} ({said})") from None
         if not reasons:
             self._failures = 0
             return

@@ -106,8 +106,6 @@ def report(out: Path, act: Callable[[], dict[str, Any]]) -> None:
             told = act()
         except UserError as error:
             told = {"error": str(error)}
-        except RuntimeError as error:
-            told = {"lost": type(error).__name__}
     rank = dist.get_rank() if dist.is_initialized() else 0
     (out.parent / f"{out.name}.{rank}.json").write_text(json.dumps({**told, "printed": printed.getvalue()}))
 
