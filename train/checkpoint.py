@@ -245,8 +245,9 @@ def load_into(found: Found, tensors: Tensors, group: Group = None, *, dropped: C
 
 
 def misfits(index: dict[str, dict[str, Stored]], tensors: Tensors, dropped: Collection[str] = ()) -> list[str]:
-    """What keeps a checkpoint from being read into tensors, a sentence each; see `load_into`."""
+    """What keeps a checkpoint from being read into tensors, a sentence each, shapes first; see `load_into`."""
     gone = set(dropped) - tensors.keys()
+    shapes: list[str] = []
     odd = [f"it has no section {section!r}" for section in sorted(tensors.keys() - index.keys()) if tensors[section]]
     for section, stored in sorted(index.items()):
         if section not in tensors:
@@ -257,13 +258,11 @@ def misfits(index: dict[str, dict[str, Stored]], tensors: Tensors, dropped: Coll
         for name, there in sorted(stored.items()):
             if name not in here:
                 odd += [] if name.split(".")[0] in gone else [f"its {section}/{name} has no place here"]
-                continue
-            shape, dtype = tuple(here[name].shape), here[name].dtype
-            if shape != there.shape:
-                odd.append(f"{section}/{name} has shape {there.shape} in it, {shape} here")
-            elif dtype != there.dtype:
-                odd.append(f"{section}/{name} is {there.dtype} in it, {dtype} here")
-    return odd
+            elif (shape := tuple(here[name].shape)) != there.shape:
+                shapes.append(f"{section}/{name} has shape {there.shape} in it, {shape} here")
+            elif here[name].dtype != there.dtype:
+                shapes.append(f"{section}/{name} is {there.dtype} in it, {here[name].dtype} here")
+    return shapes + odd
 
 
 def load(folder: Path, *, names: Collection[str] | None = None) -> Saved:

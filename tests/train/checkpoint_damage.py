@@ -32,7 +32,7 @@ def reseal(folder: Path) -> None:
     """Make a manifest that fits whatever lies in the folder, as someone who means harm would."""
     for name in (files.MANIFEST, files.COMPLETE):
         (folder / name).unlink()
-    content = {path.name: path.read_bytes() for path in folder.iterdir()}
+    content = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     entries = {n: files.Entry(len(data), hashlib.sha256(data).hexdigest()) for n, data in content.items()}
     files.write_manifest(folder, entries)
     files.mark_complete(folder)
