@@ -27,15 +27,14 @@ def on_first(function: Callable[[], T], group: Group) -> T:
     Raises:
         UserError: on every rank, where the function raised it or an OSError on rank 0.
     """
-    if group is None:
-        return function()
     outcome: list[Any] = [None, None]
-    if dist.get_rank(group) == 0:
+    if group is None or dist.get_rank(group) == 0:
         try:
             outcome[0] = function()
         except (UserError, OSError) as error:
             outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
+    if group is not None:
+        dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return cast(T, outcome[0])

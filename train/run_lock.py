@@ -35,12 +35,11 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / LOCK
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._stop = threading.Event()
-        self._beat = 0
-        _open_files.add(self._file)
+        self._file, self._beat = -1, 0
+        self._stop, self._guard = threading.Event(), threading.Lock()
+        self._made = [part for part in (folder, *folder.parents) if not part.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             sure = self._flock()
             if not (sure and self._holder().get("host") in (None, socket.gethostname())) and self._is_alive():
@@ -53,24 +52,33 @@ class RunLock:
         threading.Thread(target=_live, args=(weakref.ref(self), self._stop), name="run lock", daemon=True).start()
 
     def release(self) -> None:
-        """Give the folder free."""
+        """Give the folder free, without the lock's file, and without the folder where nothing was written in it."""
         self._stop.set()
         if self._file in _open_files:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, 0)
+            self.path.unlink(missing_ok=True)
             self._close_file()
+            with contextlib.suppress(OSError):
+                for part in self._made:
+                    part.rmdir()
 
     def _flock(self) -> bool:
-        """Take the lock; whether this filesystem has locks at all."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(self._refusal()) from None
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise UserError(f"{self.path} cannot be locked: {error.strerror}") from None
-            return False
-        return True
+        """Open and lock the file; whether this filesystem has locks at all."""
+        while True:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            _open_files.add(self._file)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(self._refusal()) from None
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise UserError(f"{self.path} cannot be locked: {error.strerror}") from None
+                return False
+            # The job before may have removed the file between our two calls: then this is a lock of nothing.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file), self.path.stat()):
+                    return True
+            self._close_file()
 
     def _is_alive(self) -> bool:
         """Whether somebody's number runs on."""
@@ -112,14 +120,17 @@ class RunLock:
     def _write(self) -> None:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "beat": f"{self._beat:012d}"}
         content = json.dumps(holder).encode()
-        os.pwrite(self._file, content, 0)
-        os.ftruncate(self._file, len(content))
+        with self._guard:
+            if self._file in _open_files:
+                os.pwrite(self._file, content, 0)
+                os.ftruncate(self._file, len(content))
 
     def _close_file(self) -> None:
-        file, self._file = self._file, -1
-        if file in _open_files:
-            _open_files.remove(file)
-            os.close(file)
+        with self._guard:
+            file, self._file = self._file, -1
+            if file in _open_files:
+                _open_files.remove(file)
+                os.close(file)
 
 
 def _live(lock: "weakref.ref[RunLock]", stop: threading.Event) -> None:

@@ -65,7 +65,7 @@ def test_the_newest_stay_and_nothing_temporary_does(tmp_path: Path) -> None:
     run = saved(tmp_path / "run", 1, 2, 3)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
     assert (run / "latest").read_text() == "checkpoints/step-00000003\n"
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json", "latest", "lock"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json", "latest"]
     listed = json.loads((run / "checkpoints/step-00000003/manifest.json").read_text())
     there = {p.name for p in (run / "checkpoints/step-00000003").iterdir()}
     assert listed.keys() == there - {"manifest.json", "COMPLETE"}

@@ -72,7 +72,9 @@ def test_a_released_or_forgotten_lock_is_free(tmp_path: Path) -> None:
         RunLock(tmp_path)
     del first
     RunLock(tmp_path).release()
-    assert (tmp_path / LOCK).read_bytes() == b""
+    assert not (tmp_path / LOCK).exists()
+    RunLock(tmp_path / "deep/run").release()
+    assert not (tmp_path / "deep").exists()
 
 
 def test_a_job_on_another_machine_is_taken_for_dead_when_it_gives_no_sign(
@@ -95,22 +97,22 @@ def test_a_living_job_on_another_machine_is_not_disturbed(
 
         monkeypatch.setattr(fcntl, "flock", refuse)
     stop = threading.Event()
+    file = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT)
 
     def live() -> None:
         beat = 0
         while not stop.wait(0.02):
             beat += 1
-            temporary = tmp_path / "new"
-            temporary.write_text(json.dumps({"host": "elsewhere", "pid": 7, "beat": f"{beat:012d}"}))
-            os.replace(temporary, tmp_path / LOCK)
+            os.pwrite(file, json.dumps({"host": "elsewhere", "pid": 7, "beat": f"{beat:012d}"}).encode(), 0)
 
     other = threading.Thread(target=live)
     other.start()
     try:
-        while not (tmp_path / LOCK).exists():
+        while not (tmp_path / LOCK).read_bytes():
             pass
         with pytest.raises(UserError, match="host elsewhere, process 7"):
             RunLock(tmp_path)
     finally:
         stop.set()
         other.join()
+        os.close(file)
