@@ -35,6 +35,8 @@ class Command:
 
     recipe: Recipe | TwoStages
     dry_run: DryRun
+    force: bool = False
+    """Go on with a run in spite of other settings or data."""
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -51,12 +53,14 @@ def parse(arguments: Sequence[str]) -> Command:
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
     words, dry_run = _take_dry_run(_spell_profile(words))
+    force = "--force" in words
+    words = [word for word in words if word != "--force"]
     recipe = PRESETS[preset]()
     if "--help" in words or "-h" in words:
         _print_presets()
     else:
         _check_names(words, recipe)
-    return Command(_parse_fields(_without_ingredients(words, recipe), recipe, preset), dry_run)
+    return Command(_parse_fields(_without_ingredients(words, recipe), recipe, preset), dry_run, force)
 
 
 def precompute_command(recipe: Recipe) -> str:
@@ -194,5 +198,6 @@ def _print_presets() -> None:
     )
     print("  train/ablate.py compares such variants")
     print("\n--dry-run prints the resolved recipe, sizes, memory, FLOP and the projected hours and dollars;")
-    print("  with --gpus 32 --mfu 0.25 --peak-tflops 989 --dollars-per-hour 2\n")
+    print("  with --gpus 32 --mfu 0.25 --peak-tflops 989 --dollars-per-hour 2")
+    print("\n--force goes on with a run whose settings or data have changed, with a warning\n")
     sys.stdout.flush()

@@ -1,17 +1,15 @@
 """The training loop of one stage: steps, and what happens between them; evaluate, save and stop on the way."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from train import checkpoint, evaluate, faults
+from train import evaluate, faults
+from train.checkpoint import Checkpointer, find_newest, load_into
 from train.data.loader import Batch, batches, fingerprint, open_dataset, open_validation
 from train.distances import Distances
 from train.errors import UserError
@@ -22,7 +20,7 @@ from train.parallel import World, from_main
 from train.pictures import save_grid
 from train.profiling import Profiler
 from train.recipes import Recipe
-from train.run_folder import CONFIG, SAMPLES, check_same_run, run_folder, write_config
+from train.run_folder import CONFIG, SAMPLES, check_same_data, check_same_run, run_folder, write_config
 from train.stages import carry_over
 from train.step import Learner
 
@@ -49,8 +47,10 @@ class Trainer:
         UserError: settings, data or a run's folder that do not fit; nothing is overwritten then.
     """
 
-    def __init__(self, recipe: Recipe, world: World, *, stage: int = 0, previous: Path | None = None) -> None:
-        self.recipe, self.world, self.stage = recipe, world, stage
+    def __init__(
+        self, recipe: Recipe, world: World, *, stage: int = 0, previous: Path | None = None, force: bool = False
+    ) -> None:
+        self.recipe, self.world, self.stage, self.force = recipe, world, stage, force
         self.folder = run_folder(recipe)
         parts = world.size * recipe.parallel.micro_batches
         if recipe.train.batch % parts:
@@ -58,18 +58,23 @@ class Trainer:
                 f"train.batch {recipe.train.batch} must be a multiple of the {world.size} ranks x "
                 f"{recipe.parallel.micro_batches} parallel.micro_batches"
             )
-        fresh = not (self.folder / CONFIG).exists()
-        if not fresh:
-            check_same_run(self.folder, recipe)
+        if (self.folder / CONFIG).exists():
+            self._insist(lambda: check_same_run(self.folder, recipe))
         self.dataset = open_dataset(recipe.data, recipe.train.seed)
         self.validation = open_validation(recipe.data)
         self.distances = self._open_distances()
         self.profiler = Profiler(recipe.profile, self.folder, world)
-        self.learner = Learner(recipe, world, stage=stage)
-        self.first_position, self.spent = 0, 0.0
-        self.step = 0 if fresh else self._resume()
-        if self.step == 0 and previous is not None:
-            self.first_position = carry_over(previous, self.learner.trained, self.learner.ema, self.learner.optimizers)
+        timeout = timedelta(seconds=recipe.parallel.timeout)
+        self.checkpointer = Checkpointer(self.folder, keep=recipe.checkpoint.keep, timeout=timeout)
+        try:
+            self.learner = Learner(recipe, world, stage=stage)
+            self.first_position, self.spent = 0, 0.0
+            self.step = self._resume()
+            if self.step == 0 and previous is not None:
+                self.first_position = carry_over(previous, self.learner.tensors(), self.checkpointer.group)
+        except BaseException:
+            self.checkpointer.close()
+            raise
 
     def _open_distances(self) -> Distances | None:
         """The networks that measure distances, before any step is made: a missing file should not show hours later."""
@@ -112,10 +117,12 @@ class Trainer:
                     scores, grid = self._evaluate(metrics, display, final=True)
                 except faults.Interrupted:
                     if self.step != self.saved:
-                        self._save()
+                        self._save(wait=True)
+                    self.checkpointer.finish()
                     return Outcome(self.folder, self.step, False, scores, grid)
         finally:
             metrics.close()
+            self.checkpointer.close()
         return Outcome(self.folder, self.step, True, scores, grid)
 
     def _train(self, metrics: Metrics, display: Display) -> None:
@@ -140,7 +147,7 @@ class Trainer:
             if self.step % _LOG_EVERY == 0 or self.step == recipe.train.steps:
                 self._log(metrics, display, skips)
             if self.step % recipe.checkpoint.every == 0 or self.step == recipe.train.steps:
-                self._save()
+                self._save(wait=self.step == recipe.train.steps)
             self.signals.check()
             if self.step % recipe.evaluation.every == 0 and self.step < recipe.train.steps:
                 self._evaluate(metrics, display, final=False)
@@ -211,61 +218,48 @@ class Trainer:
             found |= evaluate.distances(modules, self.validation, recipe, self.distances, world, self._between)
         return {f"{weights}/{name}": value for name, value in found.items()}
 
-    def _save(self) -> None:
-        """Save what a checkpoint holds; every rank must call it."""
+    def _save(self, *, wait: bool) -> None:
+        """Save in the background, or to the end where nothing else is done before it."""
+        facts = {
+            "fingerprint": fingerprint(self.dataset),
+            "stage": self.stage,
+            "first_position": self.first_position,
+            "position": self.first_position + self.step * self.recipe.train.batch,
+            "skipped": self.learner.skipped.tolist(),
+            "seconds": self.meter.seconds,
+        }
+        with self.learner.stopwatch.span("checkpoint"):
+            self.checkpointer.save(self.step, self.learner.tensors(), facts, wait=wait)
         self.saved = self.step
         self.watchdog.beat()
-        tensors = {
-            name: {key: _whole(value) for key, value in content.items()}
-            for name, content in self.learner.tensors().items()
-        }
-        if self.world.is_main:
-            state = {
-                "fingerprint": fingerprint(self.dataset),
-                "stage": self.stage,
-                "first_position": self.first_position,
-                "position": self.first_position + self.step * self.recipe.train.batch,
-                "skipped": self.learner.skipped.tolist(),
-                "seconds": self.meter.seconds,
-            }
-            checkpoint.save(self.folder, self.step, tensors, state, keep=self.recipe.checkpoint.keep)
-        if self.world.size > 1:
-            dist.barrier()
 
     def _resume(self) -> int:
         """Load the newest whole checkpoint of the run's folder; gives the steps done."""
-        saved, messages = checkpoint.load_newest(self.folder)
-        for message in messages if self.world.is_main else ():
-            print(f"warning: {message}", flush=True)
-        if saved is None:
+        recipe = self.recipe
+        found = find_newest(self.folder, self.checkpointer.group)
+        if found is None:
             return 0
-        if saved.state.get("fingerprint") != fingerprint(self.dataset):
+        self._insist(lambda: check_same_run(found.folder, recipe))
+        before, now = found.state.get("fingerprint"), fingerprint(self.dataset)
+        self._insist(lambda: check_same_data(found.folder, recipe.data.path, before, now))
+        if found.step > recipe.train.steps:
             raise UserError(
-                f"the data at {self.recipe.data.path} are not those that {self.folder} was trained on; "
-                "give the old data, or start a new run with --output.name"
-            )
-        if saved.step > self.recipe.train.steps:
-            raise UserError(
-                f"{self.folder} has already done {saved.step} steps, more than train.steps {self.recipe.train.steps}; "
+                f"{self.folder} has already done {found.step} steps, more than train.steps {recipe.train.steps}; "
                 "start a new run with --output.name"
             )
-        for name, content in self.learner.tensors().items():
-            for key, target in content.items():
-                _write(target, saved.tensors[name][key])
-        self.learner.skipped.copy_(torch.tensor(saved.state["skipped"]))
-        self.first_position, self.spent = int(saved.state["first_position"]), float(saved.state["seconds"])
+        load_into(found, self.learner.tensors(), self.checkpointer.group)
+        self.learner.skipped.copy_(torch.tensor(found.state["skipped"]))
+        self.first_position, self.spent = int(found.state["first_position"]), float(found.state["seconds"])
         if self.world.is_main:
-            print(f"going on with {self.folder} at step {saved.step}", flush=True)
-        return saved.step
+            print(f"going on with {self.folder} at step {found.step}", flush=True)
+        return found.step
 
-
-def _whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _write(target: Any, value: Tensor) -> None:
-
-    if isinstance(target, DTensor):
-        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-    with torch.no_grad():
-        target.copy_(value)
+    def _insist(self, check: Callable[[], None]) -> None:
+        """Make a check whose refusal `--force` turns into a warning."""
+        try:
+            check()
+        except UserError as error:
+            if not self.force:
+                raise
+            if self.world.is_main:
+                print(f"warning: {error}; going on, as --force says", flush=True)

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from prx_kernels import Muon
 from prx_kernels.reference import cpu_has_bfloat16
-from train.errors import UserError
 from train.parallel import World, compute_dtype
 from train.recipes import Recipe, Train
 
@@ -79,28 +78,12 @@ class Optimizers:
         self.optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every state tensor as "parameter/key"."""
+        """Every state tensor as "parameter/key", in place."""
         return {
             f"{name}/{key}": value
             for name, parameter in self.named
             for key, value in self.optimizer.state[parameter].items()
         }
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put a state back.
-
-        Raises:
-            UserError: states of other parameters than this model's.
-        """
-        by_name: dict[str, dict[str, Tensor]] = {}
-        for path, value in state.items():
-            name, _, key = path.rpartition("/")
-            by_name.setdefault(name, {})[key] = value
-        odd = sorted(set(by_name) ^ {name for name, _ in self.named})
-        if odd:
-            raise UserError(f"optimizer state does not fit this model: {', '.join(odd[:3])}")
-        states: dict[int, Any] = {i: by_name[name] for i, (name, _) in enumerate(self.named)}
-        self.optimizer.load_state_dict({"state": states, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
 def _newton_schulz_dtype(device: torch.device) -> torch.dtype:

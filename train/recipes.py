@@ -227,6 +227,10 @@ class Checkpoint:
     keep: int = 2
     """Newest complete checkpoints that stay."""
 
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise ValueError(f"checkpoint.every and keep must be at least 1, got {self.every} and {self.keep}")
+
 
 @dataclass(frozen=True)
 class Compile:

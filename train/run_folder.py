@@ -29,7 +29,13 @@ _FREE = (
     "text.cache",
     "train.steps",
     "train.cooldown",
+    "train.max_skipped",
+    "parallel.",
+    "profile.",
 )
+_FIRST = ("model.", "data.", "train.seed")
+_SHOWN = 8
+"""Differences that a message lists."""
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -61,22 +67,39 @@ def read_config(folder: Path) -> Recipe:
 
 
 def check_same_run(folder: Path, recipe: Recipe) -> None:
-    """Refuse to go on in a folder whose run was started with other settings.
+    """Refuse to go on in a folder (a run's, or a checkpoint's) that was written with other settings.
 
     Raises:
-        UserError: naming the fields that differ.
+        UserError: naming the fields that differ, model, data and seed first.
     """
     before, now = dict(_flat(asdict(read_config(folder)))), dict(_flat(asdict(recipe)))
-    changed = [
-        f"{name} {before.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(_FREE)
-    ]
-    if changed:
-        shown = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
+    names = [n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and not n.startswith(_FREE)]
+    if names:
+        names.sort(key=lambda name: (not name.startswith(_FIRST), name))
+        changed = [f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in names]
+        shown = ", ".join(changed[:_SHOWN]) + (f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
         raise UserError(
             f"{folder} holds a run with other settings ({shown}); give this one its own --output.name, "
-            "or start the old command again to go on"
+            "start the old command again to go on, or add --force to go on all the same"
+        )
+
+
+def check_same_data(folder: Path, path: str, before: str | None, now: str) -> None:
+    """Refuse to go on from a checkpoint that was trained on other data.
+
+    Args:
+        folder: the checkpoint.
+        path: where the data are now.
+        before: their fingerprint in the checkpoint.
+        now: their fingerprint.
+
+    Raises:
+        UserError: they differ.
+    """
+    if before != now:
+        raise UserError(
+            f"the data at {path} (fingerprint {now}) are not those that {folder} was trained on ({before}); give the "
+            "old data, start a new run with --output.name, or add --force to go on all the same"
         )
 
 

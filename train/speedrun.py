@@ -42,7 +42,7 @@ def main() -> int:
             if number + 1 < len(stages) and finished(stage):
                 continue
             previous = run_folder(stages[number - 1]) if number else None
-            outcome = Trainer(stage, world, stage=number, previous=previous).run()
+            outcome = Trainer(stage, world, stage=number, previous=previous, force=command.force).run()
             if not outcome.finished:
                 break
     finally:

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from torch import nn
-
-from prx_model.ema import EMA
 from train import checkpoint
+from train.agreement import Group
+from train.checkpoint import Tensors
 from train.errors import UserError
-from train.optimizers import Optimizers
 from train.recipes import Recipe
 from train.run_folder import run_folder
 
@@ -21,31 +19,19 @@ def finished(recipe: Recipe) -> bool:
     return bool(done) and int(done[-1].name.removeprefix("step-")) >= recipe.train.steps
 
 
-def carry_over(previous: Path, modules: dict[str, nn.Module], ema: EMA, optimizers: Optimizers) -> int:
+def carry_over(previous: Path, tensors: Tensors, group: Group = None) -> int:
     """Load weights, averages and optimizer state of the stage before; gives the global position after its last sample.
 
     Args:
         previous: folder of the stage before.
-        modules: what is trained now, by name.
+        tensors: what is trained now, by section and name; filled in place.
+        group: of all ranks, with a gloo backend.
 
     Raises:
         UserError: no whole checkpoint there, or one that does not fit; only modules in `DROPPED` may be left out.
     """
-    saved, messages = checkpoint.load_newest(previous)
-    if saved is None:
-        raise UserError("; ".join([*messages, f"{previous} has no whole checkpoint to start the next stage from"]))
-    files = set(saved.tensors) - {"ema", "optimizer"}
-    dropped = {name for name in files - modules.keys() if name in DROPPED}
-    if files - dropped != modules.keys():
-        odd = ", ".join(sorted((files - dropped) ^ modules.keys()))
-        raise UserError(f"the checkpoint of {previous} and this stage do not hold the same modules: {odd}")
-    try:
-        for name, module in modules.items():
-            module.load_state_dict(saved.tensors[name])
-        ema.load_state_dict(saved.tensors["ema"])
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"the checkpoint of {previous} does not fit this stage: {reason}") from None
-    state = saved.tensors["optimizer"]
-    optimizers.load_state_dict({key: value for key, value in state.items() if key.split(".")[0] not in dropped})
-    return int(saved.state["position"])
+    found = checkpoint.find_newest(previous, group)
+    if found is None:
+        raise UserError(f"{previous} has no whole checkpoint to start the next stage from")
+    checkpoint.load_into(found, tensors, group, dropped=DROPPED)
+    return int(found.state["position"])

@@ -35,7 +35,7 @@ def load_trained(path: Path, device: torch.device, *, weights: Literal["ema", "r
     Raises:
         UserError: no such folder, no checkpoint in it, a damaged one, or weights that do not fit their config.json.
     """
-    saved, folder = _find(path)
+    saved, folder = _find(path, ("ema",) if weights == "ema" else ("model", "tower"))
     recipe = read_config(folder)
     # Prompts are anyone's: they are encoded, and not looked for in the cache of the training captions.
     recipe = replace(recipe, text=replace(recipe.text, cache="", storage="bf16"))
@@ -56,14 +56,14 @@ def load_trained(path: Path, device: torch.device, *, weights: Literal["ema", "r
     return Trained(modules, recipe, saved.step, folder)
 
 
-def _find(path: Path) -> tuple[checkpoint.Saved, Path]:
+def _find(path: Path, names: tuple[str, ...]) -> tuple[checkpoint.Saved, Path]:
     if not path.is_dir():
         raise UserError(f"there is no folder {path}; give a run's folder, or one of its {CHECKPOINTS}/step-N")
     if (path / CHECKPOINTS).is_dir():
         messages = []
         for folder in reversed(checkpoint.complete(path)):
             try:
-                return checkpoint.load(folder), folder
+                return checkpoint.load(folder, names=names), folder
             except UserError as error:
                 messages.append(str(error))
         raise UserError(
@@ -71,4 +71,4 @@ def _find(path: Path) -> tuple[checkpoint.Saved, Path]:
         )
     if not (path / CONFIG).exists():
         raise UserError(f"{path} is neither a run's folder nor a checkpoint (it has no {CONFIG})")
-    return checkpoint.load(path), path
+    return checkpoint.load(path, names=names), path
