@@ -73,8 +73,8 @@ class Trainer:
         fresh = not (self.folder / CONFIG).exists()
         if not fresh:
             check_same_run(self.folder, recipe)
-        self.dataset = open_dataset(recipe.data, recipe.train.seed)
-        self.validation = open_validation(recipe.data)
+        self.dataset = open_dataset(recipe.data, recipe.train.seed, recipe.model.patch_size)
+        self.validation = open_validation(recipe.data, recipe.model.patch_size)
         self.distances = self._open_distances() if world.is_main else None
         self.modules: Modules = build(recipe, world.device)
         teachers = build_teachers(recipe, world.device)

@@ -1,7 +1,7 @@
 """What a run will cost, before anyone pays for it: sizes, memory, operations, hours and dollars (`--dry-run`)."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -97,7 +97,8 @@ def text_cache_line(recipe: Recipe) -> str:
     """How large the cache of embeddings is, or would be, and what that assumes."""
     captions, source = RECIPE_CAPTIONS, "RECIPE.md's data; --data.path counts yours"
     if recipe.data.path:
-        sets = [open_dataset(recipe.data, recipe.train.seed), open_validation(recipe.data)]
+        data = replace(recipe.data, buckets=False)  # only rows are counted
+        sets = [open_dataset(data, recipe.train.seed, 1), open_validation(data, 1)]
         rows = sum(len(images) for images in sets if isinstance(images, ImageDataset))
         captions, source = rows * len(recipe.data.caption_columns), f"those of {recipe.data.path}"
     width, storage = recipe.model.context_in_dim, recipe.text.storage

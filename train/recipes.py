@@ -17,7 +17,8 @@ class Data:
     kind: Literal["shapes", "scenes", "images"] = "images"
     """shapes and scenes are drawn on the fly; images are read from `path`."""
     path: str = ""
-    """Folder of parquet files, or of pictures with a captions.jsonl."""
+    """Folder of parquet or tar files, or of pictures with a captions.jsonl; or a/shard-{000..127}.tar, http(s)://… too.
+    """
     height: int = 512
     width: int = 512
     image_column: str = "image"
@@ -29,6 +30,18 @@ class Data:
     """Entries "value=prefix" for `style_column`."""
     flip: float = 0.0
     """Probability of a mirrored picture."""
+    buckets: bool = False
+    """Pictures keep about their shape: aspect-ratio buckets of about height x width, one a step."""
+    size_columns: tuple[str, str] = ("width", "height")
+    """Columns with the pictures' sizes, which need not be read from them then."""
+    bad_limit: float = 0.01
+    """Share of samples that cannot be read, above which a run stops; others take their places. 0 stops at the first."""
+    index_cache: str = ""
+    """Folder that keeps what was read from tar headers and pictures' sizes, for the next start and the other ranks."""
+    timeout: float = 20.0
+    """Seconds that a server (http, https) may be silent."""
+    tries: int = 8
+    """Requests of the same bytes, with growing pauses, before a run stops."""
     workers: int = 0
     """Processes that read and decode; 0 does it between steps."""
 
@@ -334,7 +347,7 @@ def prx_512() -> Recipe:
     """Stage 1 of PRX Part 3: 512 px, 100,000 steps of 1,024 pictures, REPA on."""
     return Recipe(
         preset="prx-512",
-        data=Data(kind="images", height=512, width=512, workers=8),
+        data=Data(kind="images", height=512, width=512, buckets=True, workers=8),
         model=prx_1_2b(),
         text=Text(),
         flow=Flow(),

@@ -109,7 +109,7 @@ def test_every_caption_that_training_may_draw_is_there_and_none_twice(recipe: Re
     """30 captions, 10 of a second column, 2 of the validation split and the empty prompt."""
     index = CacheIndex(Path(recipe.text.cache), Encoding.of(recipe.text))
     assert len(index) == ROWS + 10 + 2 + 1
-    dataset, source = open_dataset(recipe.data, recipe.train.seed), cached(recipe)
+    dataset, source = open_dataset(recipe.data, recipe.train.seed, 4), cached(recipe)
     drawn = {dataset[position].caption for position in range(4 * ROWS)}
     assert "flat icon of the 3th one" in drawn
     _, lengths = source.encode([*drawn, "", "a circle", "a square"])
@@ -188,7 +188,7 @@ def test_a_killed_run_goes_on_behind_its_last_whole_shard(
 
 
 def all_captions(recipe: Recipe) -> Iterator[str]:
-    dataset = open_dataset(recipe.data, 0)
+    dataset = open_dataset(recipe.data, 0, 4)
     assert isinstance(dataset, ImageDataset)
     yield from ("", "a circle", "a square", *dataset.captions())
 
