@@ -186,27 +186,32 @@ class TarIndex:
         return [found[number] for number in range(len(files))]
 
     def _scan(self, file: Path | str, cache: Path | None) -> tuple[NDArray[np.int64], str]:
-        spans: list[tuple[int, int]] = []
         try:
             kept = _cache_file(cache, file, self._storage, self._image) if cache else None
             if kept is not None and kept.exists():
                 with np.load(kept) as loaded:
                     return loaded["spans"], str(loaded["problem"])
-            problem = ""
-            with self._storage.open(file) as opened:
-                try:
-                    for sample in _samples(opened, self._storage.size(file)):
-                        if _picture(sample, self._image):
-                            spans.append((sample.start, sample.end - sample.start))
-                except _DamagedTar as error:
-                    problem = f"{file} {error}; "
-                    problem += f"its first {len(spans)} samples are read" if spans else "it is left out"
-            found = np.array(spans, dtype=np.int64).reshape(-1, 2)
-            if kept is not None:
-                _write_cache(kept, found, problem)
-            return found, problem
+            spans, problem = _scan_shard(file, self._storage, self._image)
         except MissingFile as error:
             return np.zeros((0, 2), np.int64), f"{error}; it is left out"
+        if kept is not None:
+            _write_cache(kept, spans, problem)
+        return spans, problem
+
+
+def _scan_shard(file: Path | str, storage: Storage, image_column: str) -> tuple[NDArray[np.int64], str]:
+    """Start and length of a shard's samples, (n, 2), and what is wrong with it, if anything."""
+    spans: list[tuple[int, int]] = []
+    problem = ""
+    with storage.open(file) as opened:
+        try:
+            for sample in _samples(opened, storage.size(file)):
+                if _picture(sample, image_column):
+                    spans.append((sample.start, sample.end - sample.start))
+        except _DamagedTar as error:
+            what = f"its first {len(spans)} samples are read" if spans else "it is left out"
+            problem = f"{file} {error}; {what}"
+    return np.array(spans, dtype=np.int64).reshape(-1, 2), problem
 
 
 def _samples(file: BinaryIO, size: int) -> Iterator[_Sample]:
