@@ -112,7 +112,7 @@ class ImageDataset:
         Raises BadSample, naming file and row, for a picture that cannot be decoded or a row without any caption.
         """
         row = self._row(position)
-        return self._example(position, row, self.size_of(row))
+        return self.example(position, row, self.size_of(row))
 
     def size_of(self, row: int) -> Size:
         """Height and width that a row's picture is scaled to where it is not in another bucket's batch."""
@@ -139,7 +139,7 @@ class ImageDataset:
     def substituted(self, position: int, row: int, size: Size, candidates: NDArray[Any] | None = None) -> Example:
         """A row at a size, or the first readable one of up to 32 drawn from the candidates (all unless given)."""
         try:
-            return self._example(position, row, size)
+            return self.example(position, row, size)
         except BadSample as error:
             first = error
         key = self.index.key(row)
@@ -149,7 +149,7 @@ class ImageDataset:
         for _ in range(_SUBSTITUTES):
             drawn = int(rng.random() * count)
             try:
-                example = self._example(position, drawn if candidates is None else int(candidates[drawn]), size)
+                example = self.example(position, drawn if candidates is None else int(candidates[drawn]), size)
                 return replace(example, substituted=Substituted(position, key, reason))
             except BadSample:
                 continue
@@ -159,7 +159,8 @@ class ImageDataset:
         size = len(self.index)
         return index_at(position, size=size, seed=self.seed) if self.shuffle else position % size
 
-    def _example(self, position: int, number: int, size: Size) -> Example:
+    def example(self, position: int, number: int, size: Size) -> Example:
+        """Row `number` at a size, with the caption and flip of a position. Raises BadSample."""
         row = self.index.row(number)
         # Before the picture, which costs more.
         caption = self._caption(row, position)
