@@ -12,6 +12,7 @@ from train.recipes import PRESETS, Recipe, TwoStages, for_device, prx_24h, prx_5
 STAGE_1 = {
     "data.height": 512,
     "data.width": 512,
+    "data.buckets": True,
     "train.steps": 100_000,
     "train.batch": 1024,
     "repa.enabled": True,

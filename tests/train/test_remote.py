@@ -170,6 +170,19 @@ def test_missing_remote_shard_is_left_out_and_all_missing_stop(server: Server) -
         assert "HTTP 404" in message
 
 
+def test_signatures_of_addresses_are_in_no_message_key_or_fingerprint(server: Server) -> None:
+    for number in range(2):
+        grey_tar(server.folder / f"{number}.tar", 3)
+        write_parquet(server.folder / f"{number}.parquet", 3)
+    for kind in ("tar", "parquet"):
+        signed, plain = (open_images(f"{server.url}/{{0..2}}.{kind}{q}", storage=FAST) for q in ("?sig=SECRET", ""))
+        assert signed.row(4) == plain.row(4)
+        assert signed.fingerprint == plain.fingerprint
+        assert "SECRET" not in f"{signed.path} {signed.problems} {signed.row(4).key}"
+    server.always = "503"
+    assert "SECRET" not in sentence(lambda: FAST.size(f"{server.url}/new.tar?sig=SECRET"))
+
+
 def recipe(path: str, **data: Any) -> Recipe:
     made = prx_512()
     settings = {"path": path, "height": 32, "width": 32, "workers": 0, "timeout": 0.3, "tries": 4, **data}

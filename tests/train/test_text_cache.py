@@ -102,6 +102,14 @@ def shards(cache: Path | str) -> list[Path]:
     return sorted(Path(cache).glob("shard-*"))
 
 
+def test_the_command_that_adds_captions_is_read_back_as_the_same_data_and_text(encoder: Path, data: Path) -> None:
+    for extra in ([], ["--data.no-buckets", "--data.fast-jpeg", "--data.size-columns", "w", "h"]):
+        made = make_recipe(encoder, data, data.parent / "cache", *extra)
+        again = parse(shlex.split(precompute_command(made))[2:]).recipe
+        assert isinstance(again, Recipe)
+        assert (again.data, again.text) == (made.data, made.text)
+
+
 # --- what is encoded ----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from train.data.folder import FolderIndex
 from train.data.parquet import ParquetIndex
 from train.data.rows import SPLITS, ImageIndex, listing
-from train.data.storage import Storage, expand, is_url
+from train.data.storage import Storage, expand, is_url, without_query
 from train.data.webdataset import TarIndex
 from train.errors import UserError, nearest
 
@@ -49,10 +49,12 @@ def open_images(
     if split not in SPLITS.values():
         raise UserError(f"split must be train, val or test, got {split!r}{nearest(split, SPLITS.values())}")
 
+    shown = without_query(path) if is_url(path) else path
+
     def shards(files: Mapping[str, Path | str]) -> ImageIndex:
         if next(iter(files)).lower().endswith(".tar"):
-            return TarIndex(path, files, storage, image_column, caption_columns, split, cache)
-        return ParquetIndex(path, files, storage, image_column, caption_columns, split)
+            return TarIndex(shown, files, storage, image_column, caption_columns, split, cache)
+        return ParquetIndex(shown, files, storage, image_column, caption_columns, split)
 
     if is_url(path) or ("{" in str(path) and not Path(path).exists()):
         return shards(_by_pattern(str(path)))
@@ -107,9 +109,9 @@ def _by_pattern(pattern: str) -> dict[str, Path | str]:
             f"{pattern} names no parquet nor tar files alone; write as in DATA/shard-{{000000..000127}}.tar"
         )
     # A query (a signature, say) is no part of a name, and may differ the next time.
-    names = [place.partition("?")[0].rpartition("/")[2] for place in places]
+    names = [without_query(place).rpartition("/")[2] for place in places]
     if len(set(names)) < len(names):
-        names = [place.partition("?")[0] for place in places]
+        names = [without_query(place) for place in places]
     return dict(zip(names, [place if is_url(place) else Path(place) for place in places], strict=True))
 
 

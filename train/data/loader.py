@@ -159,8 +159,7 @@ def batches(
     if isinstance(dataset, ImageDataset):
         if len(dataset) < size:
             raise too_few(len(dataset), size)
-        if len(dataset.bucket_of):
-            dataset = dataset.planned(batch=size, first_position=first_position)
+        dataset = dataset.planned(batch=size, first_position=first_position)
     workers = recipe.data.workers
     loader: DataLoader[Any] = DataLoader(
         _Numbered(dataset),
@@ -263,6 +262,7 @@ def _images(data: Data, seed: int, patch: int, split: str) -> ImageDataset:
         flip=data.flip if split == "train" else 0.0,
         shuffle=split == "train",
         buckets=bucket_sizes(data.height, data.width, patch) if data.buckets else (),
+        fast_jpeg=data.fast_jpeg,
         pictures=_picture_sizes(index, data.size_columns, cache) if data.buckets else None,
     )
 

@@ -26,7 +26,7 @@ from train.data.rows import (
     split_in_path,
 )
 from train.data.sizes import side_by_side, size_of_file, upright_size
-from train.data.storage import MissingFile, Storage, is_url
+from train.data.storage import MissingFile, Storage, is_url, without_query
 from train.errors import UserError
 
 _KEEP_BYTES = 1 << 30
@@ -59,7 +59,7 @@ class ParquetIndex:
             try:
                 opened = _open_parquet(file, storage)
                 # A file that was itself given as the path is meant, whatever it is called.
-                default = "train" if len(files) == 1 and str(path) == str(file) and split == "train" else None
+                default = "train" if len(files) == 1 and str(path) == without_query(file) and split == "train" else None
                 mask = _rows_of_split(file, opened, split, default or split_in_path(Path(name)) or "train")
             except BadSample as error:
                 problems.append(f"{error}; it is left out")
@@ -227,7 +227,9 @@ class _GroupReader:
             names = [name for name in opened.schema_arrow.names if name in self._columns]
             return opened.read_row_group(group, columns=names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
-            raise BadSample(f"{file}: row group {group} cannot be read ({short(error)}); copy it again") from error
+            raise BadSample(
+                f"{without_query(file)}: row group {group} cannot be read ({short(error)}); copy it again"
+            ) from error
 
 
 def _open_parquet(file: Path | str, storage: Storage) -> pq.ParquetFile:
@@ -239,7 +241,7 @@ def _open_parquet(file: Path | str, storage: Storage) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         empty = not is_url(file) and Path(file).exists() and not storage.size(file)
         what = "is empty (0 bytes)" if empty else "is no readable parquet file"
-        raise BadSample(f"{file} {what} ({short(error)}); copy it again or remove it") from error
+        raise BadSample(f"{without_query(file)} {what} ({short(error)}); copy it again or remove it") from error
 
 
 def _check_columns(file: Path | str, schema: pa.Schema, image_column: str, caption_columns: Sequence[str]) -> None:
@@ -261,7 +263,9 @@ def _rows_of_split(file: Path | str, opened: pq.ParquetFile, split: str, default
     try:
         column = opened.read(columns=[SPLIT_COLUMN], use_threads=False).column(0)
     except (pa.ArrowException, OSError) as error:
-        raise BadSample(f"{file}: column 'split' cannot be read ({short(error)}); copy it again") from error
+        raise BadSample(
+            f"{without_query(file)}: column 'split' cannot be read ({short(error)}); copy it again"
+        ) from error
     encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
     values = [*encoded.dictionary.to_pylist(), None]
     wanted: NDArray[np.bool_] = np.array([row_split(value, default) == split for value in values])

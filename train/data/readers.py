@@ -52,6 +52,7 @@ class ImageDataset:
 
     Pictures are height × width; with `buckets`, sizes of train/data/buckets.py, each is the nearest to its own shape,
     which `pictures` tells: (rows, 2), height and width in pixels. `planned` puts those of one size together.
+    `fast_jpeg` is `decode`'s.
 
     Raises UserError for a column that the index lacks, a size below 1 or a flip outside 0 … 1.
     """
@@ -70,6 +71,7 @@ class ImageDataset:
         shuffle: bool = True,
         buckets: Sequence[Size] = (),
         pictures: NDArray[np.int32] | None = None,
+        fast_jpeg: bool = False,
     ) -> None:
         if height < 1 or width < 1:
             raise UserError(f"height and width must be at least 1 pixel, got {height} and {width}")
@@ -86,6 +88,7 @@ class ImageDataset:
                 )
         self.index, self.height, self.width, self.seed = index, height, width, seed
         self.caption_columns, self.flip, self.shuffle = tuple(caption_columns), flip, shuffle
+        self.fast_jpeg = fast_jpeg
         self.style_column, self.style_prefixes = style_column, dict(style_prefixes or {})
         self.sizes, self.bucket_of = [(height, width)], np.zeros(0, np.int16)
         self.fingerprint = index.fingerprint
@@ -164,7 +167,8 @@ class ImageDataset:
         row = self.index.row(number)
         # Before the picture, which costs more.
         caption = self._caption(row, position)
-        image = decode(row.image, height=size[0], width=size[1], name=f"{self.index.path}: {row.key}")
+        name = f"{self.index.path}: {row.key}"
+        image = decode(row.image, height=size[0], width=size[1], name=name, fast_jpeg=self.fast_jpeg)
         if self.flip and generator(self.seed, purpose="flip", position=position).random() < self.flip:
             image = np.ascontiguousarray(image[:, ::-1])
         return Example(image, caption, row.key)
@@ -200,11 +204,14 @@ class PlannedImages:
         return self.images.substituted(position, place.row, place.size, self.plan.rows[place.bucket])
 
 
-def decode(source: bytes | Path, *, height: int, width: int, name: str) -> NDArray[np.uint8]:
+def decode(source: bytes | Path, *, height: int, width: int, name: str, fast_jpeg: bool = False) -> NDArray[np.uint8]:
     """Decode a picture file, scale it (Lanczos) until it covers height × width, and cut out the centre.
 
     Returns (height, width, 3), uint8, sRGB as stored (embedded colour profiles are not applied); transparent parts are
     white, EXIF rotation is undone, of several frames the first is taken. A picture of the exact size is not resampled.
+
+    A JPEG of four times the size and more is shrunk by its decoder first; with `fast_jpeg` from twice the size on,
+    which is about a mean of 2 × 2 pixels: 1024 to 512 is 33 dB (peak) from Lanczos, at 3 to 5 times the speed.
 
     Raises BadSample, beginning with `name`, for a file that is no picture, is truncated, has over MAX_PIXELS pixels, or
     holds 32-bit floats.
@@ -217,8 +224,9 @@ def decode(source: bytes | Path, *, height: int, width: int, name: str) -> NDArr
                 raise ValueError("EPS, which is a program to run rather than a picture")
             # An EXIF rotation may swap the axes, so the long side of the target is asked for on both.
             covering = max(height, width) / min(image.size)
-            # JPEG only, elsewhere it does nothing: decode at 1/2, 1/4 or 1/8, still twice the size needed.
-            image.draft(None, (math.ceil(2 * covering * image.width), math.ceil(2 * covering * image.height)))
+            covering *= 1 if fast_jpeg else 2
+            # JPEG only, elsewhere it does nothing: decode at 1/2, 1/4 or 1/8, still this much larger than needed.
+            image.draft(None, (math.ceil(covering * image.width), math.ceil(covering * image.height)))
             image.load()  # Before EXIF is read, which decodes a PNG and whose errors do not count.
             return np.array(_cover(_rgb(_upright(image)), height, width))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -43,6 +43,11 @@ def is_url(path: Path | str) -> bool:
     return str(path).startswith(("http://", "https://"))
 
 
+def without_query(place: Path | str) -> str:
+    """A path, or an address without what follows "?": that may be a signature, which belongs in no message."""
+    return str(place).partition("?")[0] if is_url(place) else str(place)
+
+
 def expand(pattern: str) -> list[str]:
     """All names of a brace pattern: "a-{008..010}.tar" and "{a,b}.parquet"; bounds keep their leading zeros.
 
@@ -137,8 +142,8 @@ class Storage:
                 retry = retry.increment("GET", url, error=OSError(reason))
             except MaxRetryError:
                 raise StorageError(
-                    f"{url} could not be read in {self.tries} tries (last: {reason}); look after the server and the "
-                    "network, then start the same command again, or raise --data.tries and --data.timeout"
+                    f"{without_query(url)} could not be read in {self.tries} tries (last: {reason}); look after the "
+                    "server and the network, then start the same command again, or raise --data.tries and --data.timeout"
                 ) from None
             retry.sleep()
 
@@ -162,6 +167,11 @@ class Storage:
         deadline = time.monotonic() + self.timeout + expected / _SLOWEST
         parts: list[bytes] = []
         try:
+            if response.status == 200 and expected > _WHOLE_BYTES:
+                raise StorageError(
+                    f"the server of {without_query(url)} knows no range requests and the file has {expected:,} bytes; "
+                    "serve it from one that does"
+                )
             while part := response.read1(_CHUNK):
                 parts.append(part)
                 if time.monotonic() > deadline:
@@ -179,23 +189,20 @@ class Storage:
         if response.status in (206, 416) and whole is not None:
             size = int(whole[1])
             if sizes.setdefault(url, size) != size:
-                raise StorageError(f"{url} has changed while it was read ({sizes[url]} to {size} bytes); start again")
+                raise StorageError(
+                    f"{without_query(url)} has changed while it was read ({sizes[url]} to {size} bytes); start again"
+                )
             expected = 0 if response.status == 416 else min(length, size - start)
             if expected and len(body) != expected:
-                raise StorageError(f"{url} answered {len(body)} bytes where {expected} were asked for")
+                raise StorageError(f"{without_query(url)} answered {len(body)} bytes where {expected} were asked for")
             return body if expected else b""
         if response.status == 200:
-            if len(body) > _WHOLE_BYTES:
-                raise StorageError(
-                    f"the server of {url} knows no range requests and the file has {len(body):,} bytes; "
-                    "serve it from one that does"
-                )
             sizes[url] = len(body)
             self._process().keep(url, body)
             return body[start : start + length]
         kind = MissingFile if response.status in (404, 410) else StorageError
         said = f"HTTP {response.status} {response.reason or ''}".strip()
-        raise kind(f"{url} cannot be read ({said}); check the address and whether it may be read")
+        raise kind(f"{without_query(url)} cannot be read ({said}); check the address and whether it may be read")
 
 
 def _plain_reason(error: Exception) -> str:
