@@ -31,6 +31,8 @@ _SAMPLE = 200
 _CAPTIONS = 200_000
 """Captions that are measured: the first ones, for reading all of a remote set would take as long as training on it."""
 _PERCENTILES = (50, 90, 99, 100)
+_LONG_OPENING = 30.0
+"""Seconds of opening data above which keeping what was read is worth a note: each rank opens them at each start."""
 _LARGE_GROUP = 64 << 20
 """Bytes of a parquet row group above which random access is worth a warning."""
 
@@ -135,7 +137,7 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
     found.values["buckets"] = _buckets(counts, recipe.train.batch)
     length = _captions(found, dataset, recipe)
     _pictures(found, dataset, recipe, options.sample)
-    _storage(found, dataset)
+    _storage(found, dataset, recipe)
     _costs(found, recipe, assumed, counts, length)
     return found
 
@@ -242,10 +244,18 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _storage(found: Findings, dataset: "ImageDataset") -> None:
-    """Whether random access reads much more than a picture."""
+def _storage(found: Findings, dataset: "ImageDataset", recipe: Recipe) -> None:
+    """Whether opening takes long, or random access reads much more than a picture."""
     from train.data.parquet import ParquetIndex
 
+    seconds = found.values["opened_in_seconds"]
+    if seconds > _LONG_OPENING and not recipe.data.index_cache:
+        told = all(name in dataset.index.columns for name in recipe.data.size_columns)
+        columns = "" if told or not recipe.data.buckets else f", or columns {' and '.join(recipe.data.size_columns)}"
+        found.advice.append(
+            f"opening took {seconds:.0f} s, and each rank does it at every start: "
+            f"give --data.index-cache FOLDER{columns}"
+        )
     if isinstance(dataset.index, ParquetIndex) and (size := dataset.index.group_bytes()) > _LARGE_GROUP:
         found.advice.append(
             f"parquet row groups have up to {size / 2**20:.0f} MiB, and each picture may read a whole one: write them "

@@ -91,6 +91,16 @@ def test_costs_are_the_mean_over_buckets(tmp_path: Path) -> None:
     assert flop_per_image(made, {(128, 128): 5}) == flop_per_image(made)
 
 
+def test_long_opening_and_large_row_groups_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parquet(tmp_path / "train.parquet", 12)
+    assert not any("index-cache" in note or "row groups" in note for note in look(tmp_path).advice)
+    monkeypatch.setattr("train.doctor._LONG_OPENING", -1.0)
+    monkeypatch.setattr("train.doctor._LARGE_GROUP", 10)
+    notes = "\n".join(look(tmp_path).advice)
+    assert "give --data.index-cache FOLDER, or columns width and height" in notes
+    assert "parquet row groups have up to" in notes
+
+
 def test_options_are_taken_out_of_the_words() -> None:
     words, options = take_options(["prx-512", "--sample", "7", "--json", "--data.path", "x"])
     assert (words, options) == (["prx-512", "--data.path", "x"], Options(7, True))

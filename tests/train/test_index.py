@@ -96,7 +96,9 @@ def test_parquet_cells_may_be_huggingface_structs_of_bytes_or_path(tmp_path: Pat
     assert "train.parquet row 3: the cell of column 'image' is empty" in sentence(lambda: dataset.read(3))
 
 
-def test_row_groups_stay_in_memory_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_stay_in_memory_up_to_a_size_and_one_of_large_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_parquet(tmp_path / "a.parquet", 12)
     write_parquet(tmp_path / "b.parquet", 12, first=12)
 
@@ -110,8 +112,8 @@ def test_row_groups_stay_in_memory_up_to_a_size(tmp_path: Path, monkeypatch: pyt
     group = train.data.parquet.pq.ParquetFile(tmp_path / "a.parquet").read_row_group(0).nbytes
     monkeypatch.setattr(train.data.parquet, "_KEEP_BYTES", 3 * group + group // 2)
     assert kept_after_a_walk() == 3
-    monkeypatch.setattr(train.data.parquet, "_KEEP_BYTES", 1)
-    assert kept_after_a_walk() == 1
+    monkeypatch.setattr(train.data.parquet, "_WORTH_KEEPING", 1)
+    assert kept_after_a_walk() == 1  # a set much larger than that
 
 
 def test_index_survives_pickling_after_use(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from train.errors import UserError
 
 _KEEP_BYTES = 1 << 30
 """Row groups that a process has read stay in memory up to this size; those not used for longest go first."""
+_WORTH_KEEPING = 8
+"""Of sets more times larger than that only the last row group stays: it would be memory for one hit in eight."""
 _FILES_OPEN = 16
 
 
@@ -53,7 +55,7 @@ class ParquetIndex:
         self._names: list[str] = []
         groups: list[tuple[int, int, int, int]] = []
         chosen: list[NDArray[np.int64]] = []
-        described, columns, total = [f"parquet {split}"], dict[str, None](), 0
+        described, columns, total, size = [f"parquet {split}"], dict[str, None](), 0, 0
         problems: list[str] = []
         for name, file in (named or files).items():
             try:
@@ -67,12 +69,16 @@ class ParquetIndex:
             if not mask.any():
                 continue
             _check_columns(file, opened.schema_arrow, image_column, captions)
-            columns.update(dict.fromkeys(field.name for field in opened.schema_arrow if _is_scalar(field.type)))
+            scalars = dict.fromkeys(field.name for field in opened.schema_arrow if _is_scalar(field.type))
+            columns.update(scalars)
+            used = {image_column, *scalars}
             chosen.append(np.flatnonzero(mask) + total)
             first = total
             for number, group in enumerate(map(opened.metadata.row_group, range(opened.num_row_groups))):
                 groups.append((len(self._files), number, total, first))
                 total += group.num_rows
+                parts = map(group.column, range(group.num_columns))
+                size += sum(c.total_uncompressed_size for c in parts if c.path_in_schema.split(".")[0] in used)
             self._files.append(file)
             self._names.append(name)
             described.append(f"{name} {storage.size(file)} {opened.metadata.num_rows} {chosen[-1].size}")
@@ -86,6 +92,7 @@ class ParquetIndex:
         rows = np.concatenate(chosen)
         self._rows: NDArray[np.int64] | None = None if rows.size == total else rows
         self._length, self._total = int(rows.size), total
+        self._keep = _KEEP_BYTES if size <= _WORTH_KEEPING * _KEEP_BYTES else 0
         self._reader: _GroupReader | None = None
 
     def __len__(self) -> int:
@@ -95,7 +102,7 @@ class ParquetIndex:
         """See ImageIndex."""
         file, group, start, first, position = self._place(index)
         if self._reader is None or self._reader.pid != os.getpid():
-            self._reader = _GroupReader((self._image, *self.columns), _KEEP_BYTES, self._storage)
+            self._reader = _GroupReader((self._image, *self.columns), self._keep, self._storage)
         table = self._reader.table(self._files[file], group)
         cells = {name: table.column(name)[position - start].as_py() for name in table.column_names}
         where = f"{self._names[file]} row {position - first}"

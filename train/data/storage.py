@@ -143,7 +143,7 @@ class Storage:
             except MaxRetryError:
                 raise StorageError(
                     f"{without_query(url)} could not be read in {self.tries} tries (last: {reason}); look after the "
-                    "server and the network, then start the same command again, or raise --data.tries and --data.timeout"
+                    "server and the network and start the same command again, or raise --data.tries and --data.timeout"
                 ) from None
             retry.sleep()
 
