@@ -23,12 +23,13 @@ from train.data.readers import ImageDataset, parse_prefixes
 from train.data.rows import ImageIndex, NoSplitError, sha256
 from train.data.sampler import PositionSampler
 from train.data.scenes import ScenesDataset
+from train.data.settings import Data
 from train.data.shapes import ShapesDataset
 from train.data.storage import Storage
 from train.errors import UserError
 from train.parallel import World
 from train.randomness import derive_seed
-from train.recipes import Data, Recipe
+from train.recipes import Recipe
 
 _DRAWN = 50_000
 """Held-out pictures of a set that is drawn on the fly: as many as published distances are measured with."""
