@@ -99,6 +99,13 @@ def check(recipe: Recipe) -> None:
             f"routing runs over blocks {routing.start} to {routing.end} of {tokens} tokens, but the model has blocks "
             f"0 to {model.depth - 1} and routing needs at least 2 tokens; set --routing.end or --routing.no-enabled"
         )
+    if not 0 <= data.bad_limit <= 1:
+        raise UserError(f"data.bad_limit is a share from 0 to 1, got {data.bad_limit:g}")
+    if data.timeout <= 0 or data.tries < 1 or data.workers < 0:
+        raise UserError(
+            "data.timeout must be positive, data.tries at least 1 and data.workers not negative, "
+            f"got {data.timeout:g}, {data.tries} and {data.workers}"
+        )
     for name, value in (("steps", train.steps), ("batch", train.batch)):
         if value < 1:
             raise UserError(f"train.{name} must be at least 1, got {value}")

@@ -71,8 +71,12 @@ def precompute_command(recipe: Recipe) -> str:
         for item in fields(getattr(recipe, section)):
             value = getattr(getattr(recipe, section), item.name)
             if value != getattr(getattr(usual, section), item.name):
+                name = item.name.replace("_", "-")
+                if isinstance(value, bool):
+                    words.append(f"--{section}.{name if value else f'no-{name}'}")
+                    continue
                 listed = value if isinstance(value, tuple) else (value,)
-                words += [f"--{section}.{item.name.replace('_', '-')}", *map(str, listed)]
+                words += [f"--{section}.{name}", *map(str, listed)]
     return shlex.join(words)
 
 

@@ -16,7 +16,7 @@ from prx_model import flow
 from prx_model.sampler import sample
 from train.build import Modules
 from train.data import scenes, shapes
-from train.data.loader import HeldOut, collate, to_float, to_uint8
+from train.data.loader import HeldOut, by_size, collate, to_float, to_uint8
 from train.distances import Distances
 from train.parallel import World, average, gather
 from train.randomness import derive_seed
@@ -50,7 +50,7 @@ def draw(
     seeds = range(len(prompts)) if seeds is None else seeds
     null_text, null_mask = modules.encode([""])
     drawn = []
-    for numbers, count in _shares(len(prompts), world):
+    for numbers, count in _shares(range(len(prompts)), world):
         text, mask = modules.encode([prompts[i] for i in numbers])
         part = sample(
             modules.model,
@@ -101,7 +101,8 @@ def held_out_loss(
     device = world.device
     noise_seed = torch.tensor(derive_seed(0, purpose="held-out noise"), device=device)
     sums: dict[str, Tensor] = {}
-    for numbers, count in _shares(min(len(dataset), recipe.evaluation.images), world):
+    shares = [share for numbers in by_size(dataset, recipe.evaluation.images) for share in _shares(numbers, world)]
+    for numbers, count in shares:
         batch = collate([(i, dataset[i]) for i in numbers]).to(device)
         image = to_float(batch.image)
         noise = flow.draw_noise(noise_seed, batch.positions, image)
@@ -139,9 +140,13 @@ def distances(
     between: Callable[[], None] = _nothing,
 ) -> dict[str, float]:
     """The distances that rank 0's `measure` holds, of drawn pictures to validation pictures with the same captions."""
-    count = min(len(dataset), recipe.evaluation.samples)
-    for first in range(0, count, _BATCH * world.size):
-        numbers = range(first, min(first + _BATCH * world.size, count))
+    whole = _BATCH * world.size
+    parts = [
+        numbers[first : first + whole]
+        for numbers in by_size(dataset, recipe.evaluation.samples)
+        for first in range(0, len(numbers), whole)
+    ]
+    for numbers in parts:
         examples = [dataset[i] for i in numbers]
         captions = [example.caption for example in examples]
         images = draw(modules, captions, recipe, world, seeds=numbers, between=between)
@@ -155,17 +160,17 @@ def distances(
     return measure.compute()
 
 
-def _shares(count: int, world: World) -> Iterator[tuple[list[int], int]]:
-    """This rank's numbers of 0 … count-1, part by part, and how many all ranks have in that part together.
+def _shares(numbers: Sequence[int], world: World) -> Iterator[tuple[list[int], int]]:
+    """This rank's share of the numbers, part by part, and how many all ranks have in that part together.
 
     Every rank gets as many as every other, so that all of them run as often: the last number is repeated for that.
     """
     whole = _BATCH * world.size
-    for first in range(0, count, whole):
-        numbers = list(range(first, min(first + whole, count)))
-        each = -(-len(numbers) // world.size)
-        filled = numbers + [numbers[-1]] * (each * world.size - len(numbers))
-        yield filled[world.rank * each : (world.rank + 1) * each], len(numbers)
+    for first in range(0, len(numbers), whole):
+        part = list(numbers[first : first + whole])
+        each = -(-len(part) // world.size)
+        filled = part + [part[-1]] * (each * world.size - len(part))
+        yield filled[world.rank * each : (world.rank + 1) * each], len(part)
 
 
 def grid_prompts(recipe: Recipe, validation: HeldOut | None) -> list[str]:

@@ -7,16 +7,19 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from train import evaluate, faults
 from train.checkpoint import Checkpointer, find_newest, load_into
-from train.data.loader import Batch, batches, fingerprint, open_dataset, open_validation
+from train.data.loader import Batch, batches, bucket_counts, fingerprint, notes, open_dataset, open_validation
+from train.data.quarantine import Quarantine
+from train.data.readers import ImageDataset
 from train.distances import Distances
 from train.errors import UserError
 from train.meter import Meter
 from train.metrics import Display, Metrics, drop_metrics_after
 from train.optimizers import learning_rate_factor
-from train.parallel import World, from_main
+from train.parallel import World, agree, from_main
 from train.pictures import save_grid
 from train.profiling import Profiler
 from train.recipes import Recipe
@@ -60,13 +63,19 @@ class Trainer:
             )
         if (self.folder / CONFIG).exists():
             self._insist(lambda: check_same_run(self.folder, recipe))
-        self.dataset = open_dataset(recipe.data, recipe.train.seed)
-        self.validation = open_validation(recipe.data)
+        self.dataset = open_dataset(recipe.data, recipe.train.seed, recipe.model.patch_size)
+        self.validation = open_validation(recipe.data, recipe.model.patch_size)
+        for note in notes(self.dataset, recipe.train.batch):
+            if world.is_main:
+                print(f"note: {note}", flush=True)
         self.distances = self._open_distances()
         self.profiler = Profiler(recipe.profile, self.folder, world)
         timeout = timedelta(seconds=recipe.parallel.timeout)
         self.checkpointer = Checkpointer(self.folder, keep=recipe.checkpoint.keep, timeout=timeout)
         try:
+            self.quarantine = Quarantine(self.folder, world.rank, recipe.data.bad_limit)
+            if world.is_main and isinstance(self.dataset, ImageDataset):
+                self.quarantine.add_shards(self.dataset.index.problems)
             self.learner = Learner(recipe, world, stage=stage)
             self.first_position, self.spent = 0, 0.0
             self.step = self._resume()
@@ -129,12 +138,14 @@ class Trainer:
         """All steps that are left. Raises `faults.Interrupted` on all ranks where one was asked to stop."""
         recipe, learner = self.recipe, self.learner
         flop = learner.teaching.flop_per_image()
-        self.meter = Meter(recipe, self.world, learner.parameters, flop, self.spent)
+        counts = bucket_counts(self.dataset)
+        self.meter = Meter(recipe, self.world, learner.parameters, flop, buckets=counts, spent=self.spent)
         if flop:
             metrics.log(self.step, {f"flop/{name}_per_image": count for name, count in flop.items()})
         skips = faults.SkippedSteps(recipe.train.max_skipped, self.world)
         self.saved = self.step
         for batch, waited in self._batches():
+            self.quarantine.add(batch)
             self.profiler.begin(self.step)
             result = learner.step(batch, self.step)
             trace = self.profiler.end(self.step)
@@ -172,9 +183,12 @@ class Trainer:
         values["train/skipped_steps"] = skipped
         rate = values["speed/images_per_second"]
         values["time/hours_left"] = (self.recipe.train.steps - self.step) * self.recipe.train.batch / rate / 3600
+        substituted, seen = agree([self.quarantine.substituted, self.quarantine.seen], self.world, dist.ReduceOp.SUM)
+        values["data/substituted"] = substituted
         metrics.log(self.step, values)
         display.update(self.step, self.meter.shown(values))
         skips.check(in_a_row, self.dataset)
+        self.quarantine.check(substituted, seen)
 
     def _evaluate(self, metrics: Metrics, display: Display, *, final: bool) -> tuple[dict[str, float], Path | None]:
         """Grid, held-out loss, distances and (at the end) prompt accuracy; the same on every rank.

@@ -2,14 +2,16 @@
 
 import resource
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from prx_kernels import newton_schulz_flop
+from train.data.buckets import Size
 from train.optimizers import Named, split
 from train.parallel import World, average
-from train.plan import flop_per_image, peak_flops
+from train.plan import flop_per_image, mean_tokens, peak_flops
 from train.recipes import Recipe
 from train.step import T_BINS, StepResult
 
@@ -22,15 +24,23 @@ class Meter:
         world: ranks.
         parameters: of the denoiser and what is trained beside it; Muon's matrices are counted.
         teachers: operations of each for one picture.
+        buckets: pictures of each size, where there are several.
         spent: seconds that earlier starts of this run took.
     """
 
     def __init__(
-        self, recipe: Recipe, world: World, parameters: Named, teachers: dict[str, float], spent: float = 0.0
+        self,
+        recipe: Recipe,
+        world: World,
+        parameters: Named,
+        teachers: dict[str, float],
+        *,
+        buckets: Mapping[Size, int] | None = None,
+        spent: float = 0.0,
     ) -> None:
         self.recipe, self.world = recipe, world
-        self.tokens = recipe.model.tokens(recipe.data.height, recipe.data.width)
-        self.denoiser = 3.0 * flop_per_image(recipe)
+        self.tokens = mean_tokens(recipe, buckets)
+        self.denoiser = 3.0 * flop_per_image(recipe, buckets)
         muon = split(parameters, recipe)[0]
         polar = sum(newton_schulz_flop(p.shape[0], p.shape[1], recipe.muon.ns_steps) for _, p in muon)
         self.everything = self.denoiser + sum(teachers.values()) + polar / recipe.train.batch

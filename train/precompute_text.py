@@ -10,6 +10,7 @@ whole shard. Ranks share the captions by their hash and wait for nobody. Then tr
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,11 +71,12 @@ def precompute(recipe: Recipe, world: "World", shard_tokens: int | None = None) 
             "--data.path and --text.cache"
         )
     folder, encoding = Path(text.cache), Encoding.of(text)
+    captionless: list[str] = []
     tower: T5GemmaTower | None = None
     encoded, tokens, began = 0, 0, time.monotonic()
     with ShardWriter(folder, encoding, world.rank, world.size, shard_tokens or SHARD_TOKENS) as writer:
         index = CacheIndex(folder, encoding, missing_allowed=True)
-        todo = _missing(recipe, index, encoding, world)
+        todo = _missing(recipe, index, encoding, world, captionless)
         while chunk := list(islice(todo, CHUNK)):
             if tower is None:  # not before there is something to encode
                 tower = frozen_tower(text).to(world.device)
@@ -87,12 +89,22 @@ def precompute(recipe: Recipe, world: "World", shard_tokens: int | None = None) 
         writer.flush()
     return (
         f"{folder}: rank {world.rank} of {world.size} encoded {encoded:,} captions ({tokens:,} tokens); "
-        f"{len(index):,} were there before"
+        f"{len(index):,} were there before{_without_caption(captionless)}"
     )
 
 
-def _missing(recipe: Recipe, index: "CacheIndex", encoding: "Encoding", world: "World") -> Iterator[str]:
-    """This rank's captions that the index lacks, each once, in the order of the data."""
+def _without_caption(keys: list[str]) -> str:
+    """What is said about rows that have no caption: training shows other rows in their places."""
+    return f"; {len(keys):,} rows have no caption and are never shown, the first {keys[0]}" if keys else ""
+
+
+def _missing(
+    recipe: Recipe, index: "CacheIndex", encoding: "Encoding", world: "World", captionless: list[str]
+) -> Iterator[str]:
+    """This rank's captions that the index lacks, each once, in the order of the data.
+
+    The keys of rows without any caption are added to `captionless`.
+    """
     from train.data.loader import open_dataset, open_validation
     from train.data.readers import ImageDataset
 
@@ -100,9 +112,10 @@ def _missing(recipe: Recipe, index: "CacheIndex", encoding: "Encoding", world: "
 
     def all_captions() -> Iterator[str]:
         yield ""
-        for dataset in (open_dataset(recipe.data, recipe.train.seed), open_validation(recipe.data)):
+        data = replace(recipe.data, buckets=False)  # captions alone need no picture's size
+        for dataset in (open_dataset(data, recipe.train.seed, 1), open_validation(data, 1)):
             if isinstance(dataset, ImageDataset):
-                yield from dataset.captions()
+                yield from dataset.captions(captionless.append)
 
     for caption in all_captions():
         key = encoding.key(caption)

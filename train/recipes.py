@@ -8,29 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from prx_model.config import PRXConfig, Routing, Sampling, prx_1_2b, prx_small, prx_tiny
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where pictures and captions come from."""
-
-    kind: Literal["shapes", "scenes", "images"] = "images"
-    """shapes and scenes are drawn on the fly; images are read from `path`."""
-    path: str = ""
-    """Folder of parquet files, or of pictures with a captions.jsonl."""
-    height: int = 512
-    width: int = 512
-    image_column: str = "image"
-    caption_columns: tuple[str, ...] = ("caption",)
-    """One of them is drawn at each visit."""
-    style_column: str = ""
-    """Column whose value selects a caption's prefix."""
-    style_prefixes: tuple[str, ...] = ()
-    """Entries "value=prefix" for `style_column`."""
-    flip: float = 0.0
-    """Probability of a mirrored picture."""
-    workers: int = 0
-    """Processes that read and decode; 0 does it between steps."""
+from train.data.settings import Data
 
 
 @dataclass(frozen=True)
@@ -374,7 +352,7 @@ def prx_512() -> Recipe:
     """Stage 1 of PRX Part 3: 512 px, 100,000 steps of 1,024 pictures, REPA on."""
     return Recipe(
         preset="prx-512",
-        data=Data(kind="images", height=512, width=512, workers=8),
+        data=Data(kind="images", height=512, width=512, buckets=True, workers=8),
         model=prx_1_2b(),
         text=Text(),
         flow=Flow(),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,22 @@ def sentence(call: Callable[[], object]) -> str:
         call()
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def write_tar(file: Path, samples: Sequence[tuple[str, Mapping[str, bytes]]], **options: Any) -> Path:
+    """A WebDataset shard: (name, {ending: content}) each."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w", **options) as tar:
+        for name, members in samples:
+            for ending, content in members.items():
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return file
+
+
+def grey_tar(file: Path, rows: int, *, first: int = 0, size: tuple[int, int] = (8, 8)) -> Path:
+    """A shard whose pictures are a flat grey of the row's number, as `write_parquet` writes them."""
+    return write_tar(
+        file, [(f"{n:04d}", {"png": plain(n, size), "txt": f"grey {n}".encode()}) for n in range(first, first + rows)]
+    )

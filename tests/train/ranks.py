@@ -69,7 +69,7 @@ def train(settings: Parallel) -> dict[str, torch.Tensor]:
             learner = Learner(asked, world)
     found = {f"initial/{name}": value for name, value in tensors_of(learner).items()}
     losses, norms = [], []
-    for number, batch in enumerate(batches(open_dataset(asked.data, 0), asked, world, 0)):
+    for number, batch in enumerate(batches(open_dataset(asked.data, 0, 8), asked, world, 0)):
         result = learner.step(batch, number)
         losses.append(parallel.average(torch.stack([result.parts["loss"], result.parts["loss/repa"]]), world))
         norms.append(result.norm)

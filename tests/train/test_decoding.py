@@ -49,6 +49,18 @@ def test_no_pair_of_sizes_trips_over_rounding() -> None:
         assert shape == (target_width, target_height)
 
 
+def test_fast_jpeg_shrinks_by_means_and_only_jpegs_that_are_large_enough() -> None:
+    smooth = Image.fromarray(noise(12, 12)).resize((96, 96), Image.Resampling.BICUBIC)
+    jpeg = encoded(smooth, "JPEG", quality=98, subsampling=0)
+    fast, slow = (decode(jpeg, height=48, width=48, name="x", fast_jpeg=on).astype(int) for on in (True, False))
+    means = np.asarray(smooth).reshape(48, 2, 48, 2, 3).mean(axis=(1, 3))
+    assert np.abs(fast - means).mean() < 1.5
+    assert not np.array_equal(fast, slow)
+    for content, size in ((jpeg, 49), (encoded(smooth), 48)):
+        same = [decode(content, height=size, width=size, name="x", fast_jpeg=on) for on in (True, False)]
+        assert np.array_equal(*same)
+
+
 def test_crop_is_centred_and_keeps_the_aspect_ratio() -> None:
     pixels = np.zeros((40, 120, 3), np.uint8)
     pixels[:, 40:80] = 255  # the middle square is all that a square crop shows

@@ -241,7 +241,7 @@ def test_raw_weights_are_measured_as_far_as_asked(tmp_path: Path, raw: str, expe
 
 def test_held_out_pictures_are_of_prompts_never_trained_on_and_the_same_for_every_seed() -> None:
     for preset, source in ((shapes(), "shapes"), (scenes(), "scenes")):
-        held_out = open_validation(preset.data)
+        held_out = open_validation(preset.data, preset.model.patch_size)
         assert held_out is not None
         module = __import__(f"train.data.{source}", fromlist=["split_prompts"])
         allowed = {prompt.caption for prompt in module.split_prompts().combinations}

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 from torch.utils.data import DataLoader
 
-import train.data.index
+import train.data.parquet
 from train.data.example import Example
-from train.data.index import NoSplitError, open_images
+from train.data.index import open_images
 from train.data.readers import ImageDataset
+from train.data.rows import NoSplitError
 from train.data.sampler import PositionSampler
 
 from .picture_files import levels, plain, sentence, write_folder, write_parquet
@@ -91,11 +92,13 @@ def test_parquet_cells_may_be_huggingface_structs_of_bytes_or_path(tmp_path: Pat
     write_parquet(tmp_path / "train.parquet", 4, image=cells)
     dataset = ImageDataset(open_images(tmp_path), height=8, width=8, seed=0, shuffle=False)
     assert [int(dataset[n].image.max()) for n in range(2)] == [5, 77]
-    assert "row 2: the cell of column 'image' names the missing file gone.png" in sentence(lambda: dataset[2])
-    assert "train.parquet row 3: the cell of column 'image' is empty" in sentence(lambda: dataset[3])
+    assert "row 2: the cell of column 'image' names the missing file gone.png" in sentence(lambda: dataset.read(2))
+    assert "train.parquet row 3: the cell of column 'image' is empty" in sentence(lambda: dataset.read(3))
 
 
-def test_big_sets_keep_two_row_groups_and_small_ones_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_groups_stay_in_memory_up_to_a_size_and_one_of_large_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_parquet(tmp_path / "a.parquet", 12)
     write_parquet(tmp_path / "b.parquet", 12, first=12)
 
@@ -106,8 +109,11 @@ def test_big_sets_keep_two_row_groups_and_small_ones_all(tmp_path: Path, monkeyp
         return len(index._reader._tables)  # type: ignore[attr-defined]
 
     assert kept_after_a_walk() == 6
-    monkeypatch.setattr(train.data.index, "_KEEP_ALL_BYTES", 100)
-    assert kept_after_a_walk() == 2
+    group = train.data.parquet.pq.ParquetFile(tmp_path / "a.parquet").read_row_group(0).nbytes
+    monkeypatch.setattr(train.data.parquet, "_KEEP_BYTES", 3 * group + group // 2)
+    assert kept_after_a_walk() == 3
+    monkeypatch.setattr(train.data.parquet, "_WORTH_KEEPING", 1)
+    assert kept_after_a_walk() == 1  # a set much larger than that
 
 
 def test_index_survives_pickling_after_use(tmp_path: Path) -> None:
@@ -248,12 +254,17 @@ def test_columns_of_a_wrong_type_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "what"), [(b"", "is empty (0 bytes)"), (b"no parquet", "no readable parquet")])
-def test_broken_parquet_is_named(tmp_path: Path, content: bytes, what: str) -> None:
-    write_parquet(tmp_path / "train-0.parquet", 1)
+def test_broken_parquet_is_named_and_stops_only_where_it_is_the_only_one(
+    tmp_path: Path, content: bytes, what: str
+) -> None:
     (tmp_path / "train-1.parquet").write_bytes(content)
     message = sentence(lambda: open_images(tmp_path))
     assert "train-1.parquet" in message
     assert what in message
+    write_parquet(tmp_path / "train-0.parquet", 3)
+    index = open_images(tmp_path)
+    assert len(index) == 3
+    assert index.problems == (f"{message}; it is left out",)
 
 
 def test_parquet_damaged_in_the_middle_is_named_when_the_row_is_read(tmp_path: Path) -> None:
@@ -265,13 +276,23 @@ def test_parquet_damaged_in_the_middle_is_named_when_the_row_is_read(tmp_path: P
     assert "train.parquet: row group 0 cannot be read" in sentence(lambda: index.row(0))
 
 
+def test_missing_picture_files_of_a_jsonl_stop_only_where_all_are_missing(tmp_path: Path) -> None:
+    write_folder(tmp_path, [{"file_name": f"{n}.png", "caption": "c"} for n in range(3)])
+    (tmp_path / "0.png").unlink()
+    index = open_images(tmp_path)
+    assert f"captions.jsonl:1: there is no picture file {tmp_path / '0.png'}" in sentence(lambda: index.row(0))
+    assert index.row(1).image == tmp_path / "1.png"
+    for name in ("1.png", "2.png"):
+        (tmp_path / name).unlink()
+    assert "captions.jsonl:1: there is no picture file" in sentence(lambda: open_images(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("line", "what"),
     [
         ("{oops", ":2: this line is no JSON"),
         ("[1]", ":2: this line is no JSON object, but list"),
         ('{"caption": "c"}', ":2: no field names a picture file"),
-        ('{"file_name": "gone.png", "caption": "c"}', ":2: there is no picture file"),
         ("\xff\xfe{", ":2: this line is no JSON"),  # written as Latin-1, so no UTF-8
     ],
 )

@@ -108,7 +108,7 @@ def test_t_and_rotary_tables_stay_float32_where_products_are_bfloat16() -> None:
         for block in model.blocks:
             block.register_forward_pre_hook(lambda _, given: seen["rotary"].add(given[3].dtype))
             block.register_forward_pre_hook(lambda _, given: seen["x"].add(given[0].dtype))
-        learner.step(next(batches(open_dataset(asked.data, 0), asked, world, 0)), 0)
+        learner.step(next(batches(open_dataset(asked.data, 0, 8), asked, world, 0)), 0)
     finally:
         parallel.finish()
     assert seen == {"t": {torch.float32}, "rotary": {torch.float32}, "x": {torch.bfloat16}}

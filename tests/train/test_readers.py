@@ -63,7 +63,7 @@ def test_each_visit_draws_one_of_the_captions_that_are_not_empty(tmp_path: Path)
 def test_row_without_any_caption_is_named(tmp_path: Path) -> None:
     dataset = styled(tmp_path, caption_columns=("long",), shuffle=False)
     assert dataset[0].caption == "A long cat."
-    assert "train.parquet row 1: no caption in long" in sentence(lambda: dataset[1])
+    assert "train.parquet row 1: no caption in long" in sentence(lambda: dataset.read(1))
 
 
 def test_flip_mirrors_the_stated_share_and_the_same_ones_again(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_positions_follow_the_sampler_and_go_on_over_epochs(tmp_path: Path) -> N
 def test_unreadable_picture_in_a_set_names_path_and_row(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", 2, image=[plain(0), plain(1)[:40]], key=["a", "b"])
     dataset = ImageDataset(open_images(tmp_path), height=8, width=8, seed=0, shuffle=False)
-    message = sentence(lambda: dataset[1])
+    message = sentence(lambda: dataset.read(1))
     assert message.startswith(f"{tmp_path}: train.parquet row 1 (b): the picture cannot be decoded")
 
 

@@ -42,7 +42,7 @@ def learner() -> Learner:
 
 @pytest.fixture
 def source(learner: Learner) -> Iterator[Batch]:
-    return batches(open_dataset(learner.recipe.data, 0), learner.recipe, learner.world, 0)
+    return batches(open_dataset(learner.recipe.data, 0, 8), learner.recipe, learner.world, 0)
 
 
 def test_the_mode_sees_what_waits() -> None:

@@ -8,6 +8,17 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
+class Substituted:
+    """A sample that could not be read, and in whose place another was trained on."""
+
+    position: int
+    """Global sample position."""
+    key: str
+    """Names the sample that could not be read: file and row."""
+    reason: str
+
+
+@dataclass(frozen=True)
 class Example:
     """One training pair."""
 
@@ -16,6 +27,8 @@ class Example:
     caption: str
     key: str
     """Names the sample in messages: file and row, or the parameters of a drawn picture."""
+    substituted: Substituted | None = None
+    """The sample in whose place this one stands, if so."""
 
 
 class Dataset(Protocol):

@@ -3,26 +3,33 @@
 A batch knows its global sample positions: they are the ids from which noise, times and dropped captions are drawn.
 """
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from train.data import scenes, shapes
-from train.data.example import Dataset, Example
-from train.data.index import NoSplitError, open_images
+from train.data.buckets import Size, bucket_sizes, describe, merge_small, too_few
+from train.data.example import Dataset, Example, Substituted
+from train.data.index import open_images
 from train.data.readers import ImageDataset, parse_prefixes
+from train.data.rows import ImageIndex, NoSplitError, sha256
 from train.data.sampler import PositionSampler
 from train.data.scenes import ScenesDataset
+from train.data.settings import Data
 from train.data.shapes import ShapesDataset
+from train.data.storage import Storage
 from train.errors import UserError
 from train.parallel import World
 from train.randomness import derive_seed
-from train.recipes import Data, Recipe
+from train.recipes import Recipe
 
 _DRAWN = 50_000
 """Held-out pictures of a set that is drawn on the fly: as many as published distances are measured with."""
@@ -39,19 +46,21 @@ class Batch:
     """(batch,) int64, global sample positions."""
     host_positions: Tensor
     """The same, where the captions are: reading them from a GPU would wait for it."""
+    substituted: tuple[Substituted, ...] = ()
+    """Samples of this batch that could not be read, and in whose place others stand."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on the device."""
         image, positions = (x.to(device, non_blocking=True) for x in (self.image, self.positions))
-        return Batch(image, self.captions, positions, self.host_positions)
+        return replace(self, image=image, positions=positions)
 
     def pin_memory(self) -> "Batch":
         """What the loader calls where batches go to a GPU: copies from pinned memory run beside computation."""
-        return Batch(self.image.pin_memory(), self.captions, self.positions.pin_memory(), self.host_positions)
+        return replace(self, image=self.image.pin_memory(), positions=self.positions.pin_memory())
 
 
-def open_dataset(data: Data, seed: int) -> Dataset:
-    """The training set of a data section.
+def open_dataset(data: Data, seed: int, patch: int) -> Dataset:
+    """The training set of a data section; sides of aspect-ratio buckets are multiples of `patch` pixels.
 
     Raises:
         UserError: no path, or nothing readable there.
@@ -61,7 +70,7 @@ def open_dataset(data: Data, seed: int) -> Dataset:
         return ShapesDataset(seed, data.height, data.width)
     if data.kind == "scenes":
         return ScenesDataset(seed, data.height, data.width)
-    return _images(data, seed, "train", shuffle=True)
+    return _images(data, seed, patch, "train")
 
 
 class HeldOut(Dataset, Protocol):
@@ -70,7 +79,7 @@ class HeldOut(Dataset, Protocol):
     def __len__(self) -> int: ...
 
 
-def open_validation(data: Data) -> HeldOut | None:
+def open_validation(data: Data, patch: int) -> HeldOut | None:
     """The validation pictures in their order, without flips; None where the data have no such split.
 
     For shapes and scenes: pictures of the prompts held out as "combinations", the same for every run.
@@ -81,14 +90,46 @@ def open_validation(data: Data) -> HeldOut | None:
             return _Drawn(ShapesDataset(seed, data.height, data.width, shapes.split_prompts().combinations))
         return _Drawn(ScenesDataset(seed, data.height, data.width, scenes.split_prompts().combinations))
     try:
-        return _images(data, 0, "val", shuffle=False)
+        return _images(data, 0, patch, "val")
     except NoSplitError:
         return None
 
 
+def by_size(dataset: HeldOut, count: int) -> list[list[int]]:
+    """The first `count` held-out pictures by their sizes: numbers in the data set, which rise, one list a size."""
+    sizes: dict[Size, list[int]] = {}
+    for number in range(min(count, len(dataset))):
+        size = dataset.size_of(number) if isinstance(dataset, ImageDataset) else (0, 0)
+        sizes.setdefault(size, []).append(number)
+    return list(sizes.values())
+
+
 def fingerprint(dataset: Dataset) -> str:
-    """What identifies the data of a run: a hash of files and rows, or the name of what is drawn."""
-    return dataset.index.fingerprint if isinstance(dataset, ImageDataset) else type(dataset).__name__
+    """What identifies the data of a run: a hash of files, rows and buckets, or the name of what is drawn."""
+    return dataset.fingerprint if isinstance(dataset, ImageDataset) else type(dataset).__name__
+
+
+def bucket_counts(dataset: Dataset) -> dict[Size, int]:
+    """Pictures of each aspect-ratio bucket, before small ones are merged; empty without buckets."""
+    if not isinstance(dataset, ImageDataset) or not len(dataset.bucket_of):
+        return {}
+    counts = np.bincount(dataset.bucket_of, minlength=len(dataset.sizes)).tolist()
+    return dict(zip(dataset.sizes, counts, strict=True))
+
+
+def notes(dataset: Dataset, batch: int) -> tuple[str, ...]:
+    """Sentences that a user should see once: files that are left out, and buckets that are merged.
+
+    Raises:
+        UserError: fewer samples than a step of `batch` over all ranks takes.
+    """
+    if not isinstance(dataset, ImageDataset):
+        return ()
+    if len(dataset) < batch:
+        raise too_few(len(dataset), batch)
+    counts = bucket_counts(dataset)
+    merges = merge_small(counts, batch) if counts else []
+    return (*dataset.index.problems, *([describe(merges, batch)] if merges else []))
 
 
 def batches(
@@ -96,17 +137,25 @@ def batches(
 ) -> Iterator[Batch]:
     """This rank's batches from `start_step` to the end of training, on its device; see `PositionSampler`.
 
+    All pictures of a step have one size on all ranks. On a GPU the next batch is copied while the current one is
+    computed with.
+
     Raises:
-        UserError: a picture or caption that cannot be read, by file and row.
+        UserError: fewer samples than a step takes; samples of which none can be read; storage that stays down.
     """
+    size = recipe.train.batch
     sampler = PositionSampler(
-        global_batch=recipe.train.batch,
+        global_batch=size,
         steps=recipe.train.steps,
         start_step=start_step,
         rank=world.rank,
         world=world.size,
         first_position=first_position,
     )
+    if isinstance(dataset, ImageDataset):
+        if len(dataset) < size:
+            raise too_few(len(dataset), size)
+        dataset = dataset.planned(batch=size, first_position=first_position)
     workers = recipe.data.workers
     loader: DataLoader[Any] = DataLoader(
         _Numbered(dataset),
@@ -119,20 +168,38 @@ def batches(
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
     )
+    return _on_device(loader, world.device)
+
+
+def _on_device(loader: "DataLoader[Any]", device: torch.device) -> Iterator[Batch]:
     try:
+        if device.type != "cuda":
+            for batch in loader:
+                yield batch.to(device)
+            return
+        # On a stream of its own a copy runs beside the kernels of the step before, which are still queued.
+        aside = torch.cuda.Stream(device)
         for batch in loader:
-            yield batch.to(world.device)
+            with torch.cuda.stream(aside):
+                copied = batch.to(device)
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(aside)
+            for tensor in (copied.image, copied.positions):
+                tensor.record_stream(current)  # else its memory could be given to the next copy too early
+            yield copied
     except UserError as error:
         # A worker's error arrives with its traceback as text; the sentence is the last line.
         sentence = str(error).strip().splitlines()[-1]
-        raise UserError(sentence.removeprefix(f"{UserError.__module__}.{UserError.__qualname__}: ")) from None
+        module = type(error).__module__
+        raise UserError(sentence.removeprefix(f"{module}.{type(error).__qualname__}: ")) from None
 
 
 def collate(examples: list[tuple[int, Example]]) -> Batch:
     """Stack numbered examples of one size."""
     image = torch.from_numpy(np.stack([example.image for _, example in examples])).permute(0, 3, 1, 2).contiguous()
     positions = torch.tensor([position for position, _ in examples], dtype=torch.int64)
-    return Batch(image, [example.caption for _, example in examples], positions, positions)
+    substituted = tuple(example.substituted for _, example in examples if example.substituted is not None)
+    return Batch(image, [example.caption for _, example in examples], positions, positions, substituted)
 
 
 def to_float(image: Tensor) -> Tensor:
@@ -168,10 +235,18 @@ class _Numbered(torch.utils.data.Dataset[tuple[int, Example]]):
         return position, self.dataset[position]
 
 
-def _images(data: Data, seed: int, split: str, *, shuffle: bool) -> ImageDataset:
+def _images(data: Data, seed: int, patch: int, split: str) -> ImageDataset:
     if not data.path:
         raise UserError("this preset reads pictures: give their folder with --data.path")
-    index = open_images(data.path, image_column=data.image_column, caption_columns=data.caption_columns, split=split)
+    cache = Path(data.index_cache) if data.index_cache else None
+    index = open_images(
+        data.path,
+        image_column=data.image_column,
+        caption_columns=data.caption_columns,
+        split=split,
+        storage=Storage(data.timeout, data.tries),
+        cache=cache,
+    )
     return ImageDataset(
         index,
         height=data.height,
@@ -180,6 +255,24 @@ def _images(data: Data, seed: int, split: str, *, shuffle: bool) -> ImageDataset
         caption_columns=data.caption_columns,
         style_column=data.style_column,
         style_prefixes=parse_prefixes(data.style_prefixes),
-        flip=data.flip if shuffle else 0.0,
-        shuffle=shuffle,
+        flip=data.flip if split == "train" else 0.0,
+        shuffle=split == "train",
+        buckets=bucket_sizes(data.height, data.width, patch) if data.buckets else (),
+        fast_jpeg=data.fast_jpeg,
+        pictures=_picture_sizes(index, data.size_columns, cache) if data.buckets else None,
     )
+
+
+def _picture_sizes(index: ImageIndex, columns: tuple[str, str], cache: Path | None) -> NDArray[np.int32]:
+    """(rows, 2) height and width of an index's pictures, kept in the cache where there is one."""
+    if cache is None:
+        return index.sizes(*columns)
+    kept = cache / f"sizes-{sha256([index.fingerprint, *columns])[:32]}.npy"
+    if not kept.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+        with temporary.open("wb") as file:
+            np.save(file, index.sizes(*columns))
+        os.replace(temporary, kept)
+    sizes: NDArray[np.int32] = np.load(kept)
+    return sizes

@@ -76,8 +76,7 @@ class PositionSampler:
             yield list(range(first, first + local))
 
 
-@lru_cache(maxsize=_EPOCHS_KEPT)
-def _permutation(seed: int, size: int, epoch: int) -> NDArray[Any]:
+def draw_order(seed: int, size: int, epoch: int) -> NDArray[Any]:
     """One epoch's order: (size,), uint32 (uint64 from 2^32 samples on), read-only."""
     # Sorted raw Philox words rather than Generator.permutation: numpy keeps the bit stream for ever, the shuffle's
     # algorithm may change (NEP 19), and a resume under a newer numpy must not change the order.
@@ -85,3 +84,6 @@ def _permutation(seed: int, size: int, epoch: int) -> NDArray[Any]:
     order: NDArray[Any] = np.argsort(words, kind="stable").astype(np.uint32 if size <= 2**32 else np.uint64)
     order.flags.writeable = False
     return order
+
+
+_permutation = lru_cache(maxsize=_EPOCHS_KEPT)(draw_order)

@@ -55,6 +55,6 @@ def shards(cache: Path | str) -> list[Path]:
 
 
 def all_captions(recipe: Recipe) -> Iterator[str]:
-    dataset = open_dataset(recipe.data, 0)
+    dataset = open_dataset(recipe.data, 0, 4)
     assert isinstance(dataset, ImageDataset)
     yield from ("", "a circle", "a square", *dataset.captions())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.commandline import DryRun
+from train.commandline import DryRun, parse, precompute_command
 from train.data.index import open_images
 from train.data.loader import open_dataset
 from train.data.readers import ImageDataset
@@ -22,14 +23,22 @@ from train.recipes import Recipe, prx_512
 
 from ..commands import ROOT
 from ..picture_files import sentence, write_folder, write_parquet
-from .caches import ALONE, CPU, ROWS, WIDTH, all_captions, cached, shards, words
+from .caches import ALONE, CPU, ROWS, WIDTH, all_captions, cached, make_recipe, shards, words
+
+
+def test_the_command_that_adds_captions_is_read_back_as_the_same_data_and_text(encoder: Path, data: Path) -> None:
+    for extra in ([], ["--data.no-buckets", "--data.fast-jpeg", "--data.size-columns", "w", "h"]):
+        made = make_recipe(encoder, data, data.parent / "cache", *extra)
+        again = parse(shlex.split(precompute_command(made))[2:]).recipe
+        assert isinstance(again, Recipe)
+        assert (again.data, again.text) == (made.data, made.text)
 
 
 def test_every_caption_that_training_may_draw_is_there_and_none_twice(recipe: Recipe) -> None:
     """30 captions, 10 of a second column, 2 of the validation split and the empty prompt."""
     index = CacheIndex(Path(recipe.text.cache), Encoding.of(recipe.text))
     assert len(index) == ROWS + 10 + 2 + 1
-    dataset, source = open_dataset(recipe.data, recipe.train.seed), cached(recipe)
+    dataset, source = open_dataset(recipe.data, recipe.train.seed, 4), cached(recipe)
     drawn = {dataset[position].caption for position in range(4 * ROWS)}
     assert "flat icon of the 3th one" in drawn
     _, lengths = source.encode([*drawn, "", "a circle", "a square"])

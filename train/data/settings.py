@@ -1,0 +1,42 @@
+"""The data section of a recipe; no torch here, see train/recipes.py."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where pictures and captions come from."""
+
+    kind: Literal["shapes", "scenes", "images"] = "images"
+    """shapes and scenes are drawn on the fly; images are read from `path`."""
+    path: str = ""
+    """Folder of parquet or tar files, or of pictures with a captions.jsonl; or a/shard-{000..127}.tar, http(s)://… too.
+    """
+    height: int = 512
+    width: int = 512
+    image_column: str = "image"
+    caption_columns: tuple[str, ...] = ("caption",)
+    """One of them is drawn at each visit."""
+    style_column: str = ""
+    """Column whose value selects a caption's prefix."""
+    style_prefixes: tuple[str, ...] = ()
+    """Entries "value=prefix" for `style_column`."""
+    flip: float = 0.0
+    """Probability of a mirrored picture."""
+    buckets: bool = False
+    """Pictures keep about their shape: aspect-ratio buckets of about height x width, one a step."""
+    size_columns: tuple[str, str] = ("width", "height")
+    """Columns with the pictures' sizes, which need not be read from them then."""
+    fast_jpeg: bool = False
+    """JPEGs twice too large and more are shrunk by their decoder: less sharp than Lanczos, 3 to 5 times as fast."""
+    bad_limit: float = 0.01
+    """Share of samples that cannot be read, above which a run stops; others take their places. 0 stops at the first."""
+    index_cache: str = ""
+    """Folder that keeps what was read from tar headers and pictures' sizes, for the next start and the other ranks."""
+    timeout: float = 20.0
+    """Seconds that a server (http, https) may be silent."""
+    tries: int = 8
+    """Requests of the same bytes, with growing pauses, before a run stops."""
+    workers: int = 0
+    """Processes that read and decode; 0 does it between steps."""
