@@ -5,6 +5,7 @@ On a GPU every benchmark has two rows, device time and wall time; on a CPU one, 
 """
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     found = config.stash[CEILINGS]
-    output_json["ceilings"] = machine.ceilings_as_json(found) if found else None
+    output_json["ceilings"] = asdict(found) if found else None
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,6 @@ def commit() -> str:
         return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("PRX_COMMIT", "unknown")
-
-
-def ceilings_as_json(ceilings: Ceilings) -> dict[str, Any]:
-    """The fields of a result file's "ceilings"."""
-    return asdict(ceilings)
 
 
 def _driver() -> dict[str, str]:

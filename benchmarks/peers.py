@@ -51,7 +51,6 @@ class Peer:
 
 _ALL = (
     Peer("plain", "the plain PyTorch definition, eager"),
-    Peer("plain compiled", "the plain PyTorch definition through torch.compile"),
     Peer("torch.optim.Muon", "torch's own Muon", torch_attribute="optim.Muon"),
     Peer("muon-fsdp2", "zeropower_via_newtonschulz5, Muon", module="muon_fsdp2", distribution="muon-fsdp2"),
     Peer(
