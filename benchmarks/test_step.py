@@ -80,7 +80,8 @@ def error_of_update(step: TrainingStep) -> tuple[float, float]:
     for weight, formula in chosen:
         assert weight.grad is not None
         before.append((weight, weight.detach().clone(), weight.grad * factor, formula))
-    average = step.averages[0].clone() if step.averages else None
+    # At first an average is the weights, and one that never moves could not be told from one that does.
+    average = step.averages[0].normal_().clone() if step.averages else None
     step.update()
     errors = []
     for weight, old, gradient, formula in before:

@@ -96,8 +96,7 @@ def make_inputs(case: Case) -> Inputs:
     lengths = case.lengths()
     rows = torch.randn(sum(lengths), case.config.context_in_dim, generator=generator).bfloat16().to(device())
     packed = pack(rows, lengths)
-    width = max(case.text, packed.mask.shape[1])  # the repository pads to the longest caption there can be
-    text, mask = pack(rows, lengths, length_step=width).padded()
+    text, mask = pack(rows, lengths, length_step=case.text).padded()  # to the longest caption that there can be
     return Inputs(image.to(device()), torch.arange(case.batch, device=device()), text, mask, packed)
 
 

@@ -95,7 +95,9 @@ def test_profile_sums_time_by_kernel_and_kind_for_one_step():
         event("sm90_xmma_gemm_bf16", 800.0, 8),
         event("triton_poi_fused_add", 200.0, 4),
         event("aten::mm", 500.0, 2, "DeviceType.CPU"),
+        event("denoiser", 900.0, 2),
     ]
+    events[-1].is_user_annotation = True  # a span of the kernels above, as a trace shows it beside them
     result = summarise(events, True, 2)
     assert result["busy_us"] == 500.0
     assert result["kinds_us"] == {"matrix": 400.0, "other memory-bound": 100.0}
@@ -107,6 +109,10 @@ def test_profile_sums_time_by_kernel_and_kind_for_one_step():
     [
         ("nvjet_hsh_128x256", "matrix"),
         ("void flash_fwd_kernel", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<cutlass::bfloat16_t>", "attention"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16", "matrix"),
+        ("_sym_gemm_tma_kernel", "matrix"),
+        ("triton_poi_fused__scaled_dot_product_efficient_attention_mm_3", "other memory-bound"),
         ("Memcpy DtoD", "copies and memory sets"),
         ("triton_red_fused_native_layer_norm", "other memory-bound"),
     ],
