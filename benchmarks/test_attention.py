@@ -15,9 +15,9 @@ from benchmarks.measure import Measure
 from benchmarks.passes import Which
 from benchmarks.peers import require
 from benchmarks.roofline import attention
+from benchmarks.sizes import GPU, text_lengths
 from prx_model.attention import attend
 
-GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32
 
 
@@ -34,11 +34,8 @@ class Case:
         return f"B{self.batch} H{self.heads} Q{self.queries} L{self.text} fill {self.fill:.0%}"
 
     def lengths(self) -> list[int]:
-        """Real text tokens of each sample: spread round the mean, never none."""
-        mean = self.fill * self.text
-        spread = min(mean - 1, self.text - mean)
-        steps = [2 * i / max(self.batch - 1, 1) - 1 for i in range(self.batch)]
-        return [round(mean + spread * step) for step in steps]
+        """Real text tokens of each sample."""
+        return text_lengths(self.batch, self.text, self.fill)
 
 
 if GPU:

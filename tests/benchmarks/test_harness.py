@@ -194,6 +194,16 @@ def test_a_peer_that_wins_is_shown_as_such_and_cpu_rows_show_no_rates():
     assert row[-1] == CPU_NOTE
 
 
+def test_a_step_shows_pictures_a_second_and_both_its_mfus():
+    """100 and 150 TFLOP in 0.5 s are 20 % and 30 % of 1,000 TFLOP/s."""
+    step = replace(ROW, which="step", seconds=0.5, nbytes=0.0, flop=150e12, denoiser_flop=100e12, images=32)
+    (row,) = summary.cells([step], Ceilings(4e12, 8e14, "bfloat16", 1e15))
+    assert row[3:6] == ("64", "20.0% (30.0%)", "37.5%")
+    (row,) = summary.cells([step], Ceilings(4e12, 8e14, "bfloat16"))
+    assert row[3:6] == ("64", "-", "37.5%")
+    assert "images/s" in " ".join(summary.lines([step], Ceilings(4e12, 8e14, "bfloat16")))
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(1.5, "1.5 s"), (0.0123456, "12.35 ms"), (4.2e-5, "42 us"), (3e-8, "30 ns")]
 )
