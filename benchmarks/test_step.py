@@ -22,16 +22,17 @@ from benchmarks.peers import require
 from benchmarks.roofline import Cost
 from benchmarks.sizes import GPU, Case, cases
 from benchmarks.test_muon import LR, first_update
-from benchmarks.training_step import LADDER, WHOLE, TrainingStep, Way, draws_of
+from benchmarks.training_step import LADDER, WHOLE, WITHOUT_OPTIMIZER, TrainingStep, Way, draws_of
 from train.optimizers import split
 
 CLOCKS = ("wall",)
 BEGAN = time.monotonic()
 WHOLE_STEP, BUILT_UP = "training step, all ingredients", "training step, built up"
+NO_OPTIMIZER = "training step, without optimizer"
 # The last rung is "ours" of the whole step. Likely captions first; within a size, what the others are compared with.
 ROWS = [
     (op, case, way)
-    for ops in (((WHOLE_STEP, WHOLE),), ((BUILT_UP, LADDER[:-1]),))
+    for ops in (((WHOLE_STEP, WHOLE), (NO_OPTIMIZER, WITHOUT_OPTIMIZER)), ((BUILT_UP, LADDER[:-1]),))
     for case in cases()
     for op, ways in ops
     for way in ways
@@ -106,6 +107,9 @@ def check(step: TrainingStep) -> float:
     where weights of order one keep 2^-24.
     """
     error = error_of_gradients(step)
+    if step.way.optimizer == "none":
+        step.update()
+        return error
     by_muon, by_adam = error_of_update(step)
     assert by_muon <= (0.02 if step.way.ours and GPU else 0.1), (
         f"{step.way.name}: Muon's update is off by {by_muon:.3g}"
@@ -148,7 +152,7 @@ def test_step(measure: Measure, op: str, case: Case, way: Way) -> None:
         verify=lambda run, arguments: check(step),
         cost=Cost(0.0, flop),
         tolerance=5e-2 if GPU else 1e-4,  # 16 blocks of bf16 products, each rounding to 2^-8, as in test_model.py
-        ours=way.ours and op == WHOLE_STEP,
+        ours=way.ours and op != BUILT_UP,
         graph=False,
         repeat=repeat,
         images=case.batch,

@@ -41,8 +41,9 @@ class Way:
     packed: bool = False
     """Text without its padding; only ours takes it."""
     teachers: bool = False
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw on all weights, or Muon for the matrices in blocks; the plain one goes matrix by matrix."""
+    optimizer: Literal["none", "adamw", "muon"] = "adamw"
+    """adamw on all weights, or Muon for the matrices in blocks; the plain one goes matrix by matrix. none only drops
+    the gradients."""
     ema: bool = False
 
     @property
@@ -76,6 +77,8 @@ WHOLE = (
     replace(_ALL, name="PRX repository in its place, compiled", denoiser="PRX repository"),
 )
 """The step with all ingredients, by everyone."""
+WITHOUT_OPTIMIZER = tuple(replace(way, optimizer="none", ema=False) for way in WHOLE[:2])
+"""Forward, teachers and backward alone: what is left on every GPU when all else is spread over ranks."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,8 @@ class TrainingStep:
 
     def update(self) -> None:
         """Clip the gradients, update the weights by them, drop them, and average the weights."""
-        clip_gradients(self.parameters, self.recipe.train.clip)
+        if self.way.optimizer != "none":
+            clip_gradients(self.parameters, self.recipe.train.clip)
         self._optimize()
         self._average(self.count)
         self.count += 1
@@ -275,6 +279,8 @@ class TrainingStep:
     # --- optimizers ----------------------------------------------------------------------------------------------
 
     def _optimizers(self) -> Callable[[], None]:
+        if self.way.optimizer == "none":
+            return self._drop_gradients
         if self.way.ours:
             ours = Optimizers(self.named, self.recipe)
             return lambda: ours.step(1.0)
@@ -286,6 +292,10 @@ class TrainingStep:
                 optimizer.zero_grad()
 
         return step
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _ema(self) -> Callable[[int], None]:
         settings = self.recipe.ema
