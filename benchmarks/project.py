@@ -7,17 +7,19 @@ python -m benchmarks.project --check                             # bytes by form
 """
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from benchmarks import replay, roofline, summary
-from benchmarks.collectives import Network, fsdp_step, gram_flop, muon_owners, muon_step
+from benchmarks.collectives import Network, Shape, fsdp_step, gram_flop, muon_owners, muon_step
 from benchmarks.roofline import H200_COPY, H200_MATMUL, STAGE_1, STAGE_2, Step, adamw_step, prx_muon_shapes
-from prx_model import PRXTransformer
+from prx_model import PRXConfig, PRXTransformer
 from train.recipes import prx_512, prx_1024
 
 BUDGET_HOURS, BUDGET_DOLLARS = 24.0, 1500.0
@@ -132,8 +134,7 @@ def _parts(seconds: float, step: Step, batch: int, speed: Speed, assumed: Assump
     """Seconds of a step on this network."""
     network = assumed.network
     compute = seconds * (batch / network.ranks) / step.batch
-    with torch.device("meta"):
-        blocks, root = replay.groups(PRXTransformer(step.config))
+    blocks, root = _groups(step.config)
     volumes = fsdp_step(blocks, root, network.ranks)
     whole = network.ranks / max(network.ranks - 1, 1)
     exchange = network.all_gather((volumes.all_gather + volumes.reduce_scatter) * whole)
@@ -175,10 +176,17 @@ def state_bytes(step: Step) -> float:
     return 4.0 * (3 * muon + 4 * others)
 
 
+@cache
+def _groups(config: PRXConfig) -> tuple[list[list[Shape]], list[Shape]]:
+    """FSDP2's groups: shapes of the parameters of every block, and of all others."""
+    with torch.device("meta"):
+        return replay.groups(PRXTransformer(config))
+
+
 def _numbers(step: Step) -> tuple[int, int]:
     """Numbers that Muon updates, and all others of the denoiser."""
-    with torch.device("meta"):
-        total = sum(p.numel() for p in PRXTransformer(step.config).parameters())
+    blocks, root = _groups(step.config)
+    total = sum(math.prod(shape) for shapes in (*blocks, root) for shape in shapes)
     muon = sum(rows * columns for rows, columns in prx_muon_shapes(step.config))
     return muon, total - muon
 
