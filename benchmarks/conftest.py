@@ -5,6 +5,8 @@ On a GPU every benchmark has two rows, device time and wall time; on a CPU one, 
 """
 
 import gc
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +20,7 @@ from benchmarks.machine import Ceilings
 from benchmarks.measure import Measure, Row
 
 ROWS = pytest.StashKey[list[Row]]()
+BEGAN = time.monotonic()
 CEILINGS = pytest.StashKey[Ceilings | None]()
 
 
@@ -55,7 +58,13 @@ def ceilings(request: pytest.FixtureRequest) -> Ceilings:
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest, ceilings: Ceilings, benchmark: Any) -> Iterator[Measure]:
-    """Check and time one function; see `Measure.__call__`."""
+    """Check and time one function; see `Measure.__call__`.
+
+    Skipped by name where `PRX_BENCH_SECONDS` of this run are spent, so that the rows before it are kept.
+    """
+    limit = float(os.environ.get("PRX_BENCH_SECONDS", "inf"))
+    if time.monotonic() - BEGAN > limit:
+        pytest.skip(f"the {limit:g} s that PRX_BENCH_SECONDS gives this run are spent")
     yield Measure(benchmark, request.param, request.config.stash[ROWS])
     if torch.cuda.is_available():
         torch.compiler.reset()

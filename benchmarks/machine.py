@@ -14,7 +14,10 @@ from benchmarks.clock import device_timing, wall_timing
 from train.plan import peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
-_PACKAGES = ("triton", "diffusers", "timm", "flash-attn", "muon-fsdp2", "gram-newton-schulz", "pytest-benchmark")
+_PACKAGES = (
+    *("triton", "diffusers", "timm", "flash-attn", "flash-attn-4", "muon-fsdp2", "gram-newton-schulz"),
+    *("liger-kernel", "nvidia-cutlass-dsl", "pytest-benchmark"),
+)
 
 
 @dataclass(frozen=True)

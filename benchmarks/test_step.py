@@ -2,12 +2,10 @@
 
 Before a way is timed, its loss and all its gradients are compared with the plain definition's in float32 (float64 on a
 CPU) on the same pictures, captions, noise, times and kept tokens; then its first update and average with their
-formulas. Teachers have random weights; captions are embeddings made beforehand. Rows whose turn comes when
-`PRX_STEP_SECONDS` are spent are skipped, the most telling ones last.
+formulas. Teachers have random weights; captions are embeddings made beforehand. The most telling rows come first: those
+whose turn comes when `PRX_BENCH_SECONDS` are spent are skipped.
 """
 
-import os
-import time
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -26,7 +24,6 @@ from benchmarks.training_step import LADDER, WHOLE, WITHOUT_OPTIMIZER, TrainingS
 from train.optimizers import split
 
 CLOCKS = ("wall",)
-BEGAN = time.monotonic()
 WHOLE_STEP, BUILT_UP = "training step, all ingredients", "training step, built up"
 NO_OPTIMIZER = "training step, without optimizer"
 # The last rung is "ours" of the whole step. Likely captions first; within a size, what the others are compared with.
@@ -118,16 +115,8 @@ def check(step: TrainingStep) -> float:
     return error
 
 
-def in_time() -> None:
-    """Skip where the time of this run's steps is spent, and say so."""
-    limit = float(os.environ.get("PRX_STEP_SECONDS", "inf"))
-    if time.monotonic() - BEGAN > limit:
-        pytest.skip(f"the {limit:g} s that PRX_STEP_SECONDS gives the steps are spent")
-
-
 @pytest.mark.parametrize(("op", "case", "way"), ROWS, ids=lambda value: getattr(value, "name", str(value)))
 def test_step(measure: Measure, op: str, case: Case, way: Way) -> None:
-    in_time()
     if way.denoiser == "diffusers":
         require("diffusers")
     reason = denoisers.missing(way.denoiser)

@@ -6,6 +6,9 @@ import torch
 from benchmarks import roofline
 from benchmarks.flop_table import RECIPE
 from benchmarks.roofline import STAGE_1, STAGE_2
+from benchmarks.sizes import CONFIG
+from benchmarks.test_pointwise import PARTS, cost
+from benchmarks.test_pointwise import make_inputs as make_pointwise_inputs
 from benchmarks.test_token_routing import WAYS, Case, make_inputs
 from benchmarks.traffic import EagerTraffic
 from prx_kernels import newton_schulz_flop, reference
@@ -54,6 +57,21 @@ def test_counts_by_hand():
     assert roofline.attention(1, 1, 2, 3, 4, "forward").flop == 4 * 2 * 3 * 4
     assert roofline.attention(1, 1, 2, 3, 4, "both").flop == 3.5 * 4 * 2 * 3 * 4
     assert roofline.routing_bytes("both", 2, 8, 4, 16, 4) == 6 * (2 * 8 * 16 * 4)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_between_products_read_their_inputs_and_write_their_outputs_once(name):
+    part = PARTS[name]
+    inputs = make_pointwise_inputs(part, 2, 4)(0)
+    made = part.function(*inputs)
+    wide = [
+        x for x in (*inputs, *(made if isinstance(made, tuple) else (made,))) if x.numel() >= 8 * CONFIG.hidden_size
+    ]
+    moved = sum(x.numel() * x.element_size() for x in wide)
+    if name == "q, k norm + rotary":
+        moved -= inputs[0].numel() // 3 * inputs[0].element_size()  # values are not looked at
+    assert cost(part, 2, 4, "forward").nbytes == moved
+    assert cost(part, 2, 4, "both").nbytes * part.forward == moved * (part.forward + part.backward)
 
 
 def test_vgg16_counts_what_torch_counts():

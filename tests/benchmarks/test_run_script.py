@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Writes what each part's program would write, logs its arguments, and fails where FAIL is among them.
 STAND_IN = """#!/usr/bin/env bash
-echo "$*" >> "$CALLS"
+echo "$*${NOTE:+ PRX_BENCH_SECONDS=$PRX_BENCH_SECONDS}" >> "$CALLS"
 case "$*" in *"${FAIL:-nothing}"*) exit 3 ;; esac
 for word in "$@"; do
   case "$word" in --benchmark-json=*) echo '{}' > "${word#--benchmark-json=}" ;; esac
@@ -84,10 +84,16 @@ def test_the_usual_parts_limits_add_up_to_less_than_nine_minutes() -> None:
     usual = re.search(r"parts=\((gpu-tests.*)\)", words)
     assert usual is not None
     assert sum(limits[name] for name in usual[1].split()) < 540
-    assert limits["steps"] < 540
-    for name, seconds in re.findall(r"PRX_STEP_SECONDS=(\d+) bench ([a-z]+)", words):
-        # The row that has begun when the time is spent, its compilation included, ends within the rest.
-        assert int(name) + 40 <= limits[seconds]
+    assert max(limits.values()) < 540
+    rests = re.findall(r"bench ([a-z]+) (\d+) (\d+) ", words)
+    assert {name for name, _, _ in rests} == {"kernels", "step", "steps", "pointwise"}
+    assert all(20 <= int(rest) < int(limit) for _, limit, rest in rests)
+
+
+def test_benchmarks_are_told_how_long_they_may_begin_rows(tmp_path: Path) -> None:
+    run(tmp_path, "step", NOTE="1")
+    (line,) = [line for line in calls(tmp_path) if "benchmarks/test_step.py" in line]
+    assert line.endswith("PRX_BENCH_SECONDS=90")
 
 
 def test_a_part_ends_at_its_limit_and_keeps_no_result(tmp_path: Path) -> None:

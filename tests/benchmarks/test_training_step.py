@@ -138,14 +138,6 @@ def test_a_missing_checkout_of_the_repository_is_a_sentence(monkeypatch: pytest.
     assert denoisers.missing("plain") is None
 
 
-def test_steps_whose_time_is_spent_are_skipped_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRX_STEP_SECONDS", "0")
-    with pytest.raises(pytest.skip.Exception, match="the 0 s that PRX_STEP_SECONDS gives"):
-        test_step.in_time()
-    monkeypatch.setenv("PRX_STEP_SECONDS", "1e9")
-    test_step.in_time()
-
-
 def test_captions_fill_their_share_and_none_is_empty() -> None:
     lengths = text_lengths(32, 256, 0.4)
     assert sum(lengths) / 32 == pytest.approx(0.4 * 256, abs=0.5)
