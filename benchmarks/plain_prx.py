@@ -51,6 +51,9 @@ class PlainPRX(nn.Module):
 class PlainAttention(nn.Module):
     """Image queries over [text, image] keys with an additive mask of shape (batch, heads, queries, keys)."""
 
+    expanded = True
+    """Whether the mask is made at its full size; False is the same numbers, for a truth that must fit in memory."""
+
     def __init__(self, config: PRXConfig) -> None:
         super().__init__()
         width, self.heads = config.hidden_size, config.num_heads
@@ -68,7 +71,9 @@ class PlainAttention(nn.Module):
         key = torch.cat((norm(text_k, self.norm_added_k.weight).to(v.dtype), k), dim=2)
         value = torch.cat((text_v, v), dim=2)
         real = torch.cat((text_mask, text_mask.new_ones(x.shape[:2])), dim=1)
-        wide = real[:, None, None, :].expand(-1, self.heads, x.shape[1], -1)
+        wide = real[:, None, None, :]
+        if self.expanded:
+            wide = wide.expand(-1, self.heads, x.shape[1], -1)
         bias = (1.0 - wide.to(q.dtype)) * torch.finfo(q.dtype).min
         with masked_kernel(q):
             out = F.scaled_dot_product_attention(q.contiguous(), key.contiguous(), value.contiguous(), attn_mask=bias)

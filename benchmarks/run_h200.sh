@@ -48,15 +48,15 @@ bench() {
 for wanted in "${parts[@]}"; do
   case "$wanted" in
     gpu-tests) part gpu-tests 100 gpu-tests.txt "$python" -m pytest -m gpu -q -p no:cacheprovider tests ;;
-    kernels) bench kernels 150 20 $(ls benchmarks/test_*.py | grep -v -e test_model -e test_step -e test_pointwise) ;;
-    step) bench step 150 60 benchmarks/test_step.py ;; # a row of it compiles for up to a minute
+    kernels) bench kernels 130 20 $(ls benchmarks/test_*.py | grep -v -e test_model -e test_step -e test_pointwise) ;;
+    step) bench step 140 55 benchmarks/test_step.py ;; # a row of it compiles for up to a minute
     steps) bench steps 530 60 benchmarks/test_step.py benchmarks/test_model.py ;;
     pointwise) bench pointwise 180 30 benchmarks/test_pointwise.py ;;
     profile)
-      part profile 60 profile-512.json "$python" -m benchmarks.profile_step --out "$out"
+      part profile 80 profile-512.json "$python" -m benchmarks.profile_step --out "$out"
       ;;
     train)
-      part train 70 train.txt "$python" train/speedrun.py --output.folder "$out/runs" --output.name shapes ${PRX_TRAIN:-}
+      part train 85 train.txt "$python" train/speedrun.py --output.folder "$out/runs" --output.name shapes ${PRX_TRAIN:-}
       ;;
     *)
       echo "unknown part '$wanted'; there are gpu-tests, kernels, step, profile, train, steps, pointwise" >&2

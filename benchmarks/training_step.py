@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks import denoisers, plain_prx
 from benchmarks.denoisers import HOOKED, Kind
 from benchmarks.machine import device
-from benchmarks.plain_prx import HookRouting, PlainEMA, velocity_loss
+from benchmarks.plain_prx import HookRouting, PlainAttention, PlainEMA, velocity_loss
 from benchmarks.sizes import GPU, Case, routing
 from prx_kernels import philox_normal, sample_keep, x_prediction_loss
 from prx_model import EMA, flow
@@ -164,6 +164,9 @@ class TrainingStep:
         self.way, self.case, self.exact, self.count = way, case, exact, 0
         self.recipe, self.inputs = recipe_of(way, case), make_inputs(case)
         self.model = denoisers.build(way.denoiser, case.config)
+        for module in self.model.modules() if exact else ():
+            if isinstance(module, PlainAttention):
+                module.expanded = False
         if exact and not GPU:
             self.model.double()
         self.teachers = random_teachers(self.recipe)

@@ -93,7 +93,7 @@ def test_the_usual_parts_limits_add_up_to_less_than_nine_minutes() -> None:
 def test_benchmarks_are_told_how_long_they_may_begin_rows(tmp_path: Path) -> None:
     run(tmp_path, "step", NOTE="1")
     (line,) = [line for line in calls(tmp_path) if "benchmarks/test_step.py" in line]
-    assert line.endswith("PRX_BENCH_SECONDS=90")
+    assert line.endswith("PRX_BENCH_SECONDS=85")
 
 
 def test_a_part_ends_at_its_limit_and_keeps_no_result(tmp_path: Path) -> None:

@@ -138,6 +138,19 @@ def test_a_missing_checkout_of_the_repository_is_a_sentence(monkeypatch: pytest.
     assert denoisers.missing("plain") is None
 
 
+def test_rows_are_all_there_and_begin_with_what_is_compared_at_both_sizes() -> None:
+    stages = [Case(size, 1, fill=fill) for fill in (0.4, 1.0) for size in (512, 1024)]
+    made = test_step.rows(stages)
+    assert len(made) == len(set(made)) == 4 * (len(WHOLE) + 2 + len(LADDER) - 1)
+    first = [(op.split(", ")[1], case.size, case.fill, way.name) for op, case, way in made[:8]]
+    assert first == [
+        (op, size, 0.4, name)
+        for size in (512, 1024)
+        for op in ("all ingredients", "without optimizer")
+        for name in ("ours", "PRX way, compiled")
+    ]
+
+
 def test_captions_fill_their_share_and_none_is_empty() -> None:
     lengths = text_lengths(32, 256, 0.4)
     assert sum(lengths) / 32 == pytest.approx(0.4 * 256, abs=0.5)
