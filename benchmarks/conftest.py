@@ -4,7 +4,11 @@ The parts are in clock.py (device time), measure.py (check, then time), machine.
 On a GPU every benchmark has two rows, device time and wall time; on a CPU one, marked as no result.
 """
 
+import gc
+import os
+import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from benchmarks.machine import Ceilings
 from benchmarks.measure import Measure, Row
 
 ROWS = pytest.StashKey[list[Row]]()
+BEGAN = time.monotonic()
 CEILINGS = pytest.StashKey[Ceilings | None]()
 
 
@@ -32,7 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "measure" in metafunc.fixturenames:
-        clocks = ["device", "wall"] if torch.cuda.is_available() else ["cpu"]
+        # A step has one: it is launched as it is trained, so the host's time is part of it.
+        clocks = getattr(metafunc.module, "CLOCKS", ("device", "wall")) if torch.cuda.is_available() else ("cpu",)
         metafunc.parametrize("measure", clocks, indirect=True)
 
 
@@ -52,10 +58,17 @@ def ceilings(request: pytest.FixtureRequest) -> Ceilings:
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest, ceilings: Ceilings, benchmark: Any) -> Iterator[Measure]:
-    """Check and time one function; see `Measure.__call__`."""
+    """Check and time one function; see `Measure.__call__`.
+
+    Skipped by name where `PRX_BENCH_SECONDS` of this run are spent, so that the rows before it are kept.
+    """
+    limit = float(os.environ.get("PRX_BENCH_SECONDS", "inf"))
+    if time.monotonic() - BEGAN > limit:
+        pytest.skip(f"the {limit:g} s that PRX_BENCH_SECONDS gives this run are spent")
     yield Measure(benchmark, request.param, request.config.stash[ROWS])
     if torch.cuda.is_available():
         torch.compiler.reset()
+        gc.collect()  # compiled modules refer to themselves
         torch.cuda.empty_cache()
 
 
@@ -65,7 +78,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     found = config.stash[CEILINGS]
-    output_json["ceilings"] = machine.ceilings_as_json(found) if found else None
+    output_json["ceilings"] = asdict(found) if found else None
 
 
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.roofline import STAGE_1, STAGE_2, Step, TextEncoder, prx_muon_shapes
@@ -76,8 +76,8 @@ def count(step: Step) -> dict[str, float]:
     found = {
         "denoiser, dense": step.batch * _denoiser(step, routed=False),
         "denoiser, TREAD": step.batch * _denoiser(step, routed=True),
-        "LPIPS": step.batch * _lpips(step.size),
-        "P-DINO": step.batch * _pdino(step.size),
+        "LPIPS": step.batch * _teacher(lambda: LPIPSLoss(weights="random"), step.size),
+        "P-DINO": step.batch * _teacher(lambda: PerceptualDINO(weights="random"), step.size),
         "REPA teacher": 0.0,
         "Newton-Schulz, one GPU": newton_schulz,
         "Newton-Schulz, spread": newton_schulz / step.gpus,
@@ -140,19 +140,11 @@ def _unfilled(make: Callable[[], nn.Module]) -> nn.Module:
     return made.to_device(meta) if isinstance(made, Teacher) else made.to(meta)
 
 
-def _pictures(size: int) -> tuple[Tensor, Tensor]:
-    return torch.empty(1, 3, size, size), torch.empty(1, 3, size, size, requires_grad=True)
-
-
-def _lpips(size: int) -> float:
-    """Features of the picture and of the prediction, and the gradient by the latter's pixels."""
-    teacher = _unfilled(lambda: LPIPSLoss(weights="random"))
-    return _counted(lambda: teacher(Prediction(*_pictures(size))).sum().backward())
-
-
-def _pdino(size: int) -> float:
-    teacher = _unfilled(lambda: PerceptualDINO(weights="random"))
-    return _counted(lambda: teacher(Prediction(*_pictures(size))).sum().backward())
+def _teacher(make: Callable[[], Teacher], size: int) -> float:
+    """What a teacher says of itself, `Teacher.flop`: features of both pictures, and the prediction's gradient."""
+    teacher = _unfilled(make)
+    assert isinstance(teacher, Teacher)
+    return teacher.flop(size, size)
 
 
 def _repa(step: Step) -> tuple[float, float]:
@@ -162,13 +154,13 @@ def _repa(step: Step) -> tuple[float, float]:
     kept = kept_tokens(tokens, step.routing.selection_ratio)
 
     def run() -> None:
-        image, x0_hat = _pictures(step.size)
+        image = torch.empty(1, 3, step.size, step.size)
         features = torch.empty(1, kept, hidden, requires_grad=True)
         keep = torch.empty(1, kept, dtype=torch.int64)
-        repa(Prediction(image, x0_hat, features, keep, step.config.patch_size)).sum().backward()
+        repa(Prediction(image, image, features, keep, step.config.patch_size)).sum().backward()
 
     assert isinstance(repa, REPA)
-    teacher = _counted(lambda: repa.flop(step.size, step.size, step.config.patch_size))
+    teacher = repa.flop(step.size, step.size, step.config.patch_size)
     return teacher, _counted(run) - teacher
 
 

@@ -3,7 +3,7 @@
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,13 @@ from typing import Any
 import torch
 
 from benchmarks.clock import device_timing, wall_timing
+from train.plan import peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
-_PACKAGES = ("triton", "diffusers", "timm", "flash-attn", "muon-fsdp2", "gram-newton-schulz", "pytest-benchmark")
+_PACKAGES = (
+    *("triton", "diffusers", "timm", "flash-attn", "flash-attn-4", "muon-fsdp2", "gram-newton-schulz"),
+    *("liger-kernel", "nvidia-cutlass-dsl", "pytest-benchmark"),
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Ceilings:
     matmul_flop_per_second: float
     """One large matrix product on random data in `matmul_dtype`, two operations a multiply-add."""
     matmul_dtype: str
+    data_sheet_flop_per_second: float | None = None
+    """Dense bf16 rate that the vendor names, which MFU is a share of; None where it is not known."""
 
     def floor_seconds(self, nbytes: float, flop: float) -> float:
         """The larger of both times: no implementation that moves these bytes and does these operations is faster."""
@@ -47,7 +53,7 @@ def measure_ceilings(rounds: int = 10) -> Ceilings:
     left, right = (torch.randn(side, side, device=on).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
     matmul = _median(lambda: torch.mm(left, right, out=product), rounds)
-    return Ceilings(2.0 * length / copy, 2.0 * side**3 / matmul, str(dtype).removeprefix("torch."))
+    return Ceilings(2.0 * length / copy, 2.0 * side**3 / matmul, str(dtype).removeprefix("torch."), peak_flops(on))
 
 
 def _median(run: Any, rounds: int) -> float:
@@ -93,11 +99,6 @@ def commit() -> str:
         return head + ("+changes" if _output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("PRX_COMMIT", "unknown")
-
-
-def ceilings_as_json(ceilings: Ceilings) -> dict[str, Any]:
-    """The fields of a result file's "ceilings"."""
-    return asdict(ceilings)
 
 
 def _driver() -> dict[str, str]:

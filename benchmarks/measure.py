@@ -39,6 +39,10 @@ class Row:
     how: str
     error: float
     """Largest relative error of the outputs against the reference."""
+    images: int = 0
+    """Pictures of a training step; `flop` are those of all its parts then, and memory is all that is allocated."""
+    denoiser_flop: float = 0.0
+    """Operations of a training step's denoiser alone."""
 
     @property
     def group(self) -> tuple[str, str, str, str]:
@@ -68,6 +72,9 @@ class Measure:
         ours: bool = False,
         parameters: Sequence[Tensor] = (),
         graph: bool = True,
+        repeat: int = 1,
+        images: int = 0,
+        denoiser_flop: float = 0.0,
     ) -> None:
         """Check, time and note one row.
 
@@ -82,6 +89,8 @@ class Measure:
             ours: whether this is the project's own, which peers are compared with.
             parameters: tensors that `function` depends on beside its arguments.
             graph: False for functions that synchronise with the host; the row then says so.
+            repeat: how often `function` does the op in one call; times are of one.
+            images, denoiser_flop: of a training step, see `Row`.
 
         Raises:
             AssertionError: the result is wrong; nothing is timed or shown then.
@@ -89,17 +98,18 @@ class Measure:
         run, arguments = passes.prepare(function, which, inputs(0), parameters=parameters)
         error = self._error(run, arguments, reference, verify, which, inputs)
         assert error <= tolerance, f"{op}, {case}, {which}, {way}: relative error {error:.3g} exceeds {tolerance:g}"
-        peak = self._peak(run, arguments)
+        peak = self._peak(run, arguments, whole=which == "step")
         timing = self._timing(run, function, inputs, arguments, which, parameters, graph)
         self.benchmark.group = f"{op} | {case} | {which} | {self.clock}"
-        self.benchmark.pedantic(lambda: CLOCK.advance(timing.seconds()), rounds=ROUNDS[self.clock], iterations=1)
+        rounds = max(3, ROUNDS[self.clock] // repeat)
+        self.benchmark.pedantic(lambda: CLOCK.advance(timing.seconds() / repeat), rounds=rounds, iterations=1)
         if self.benchmark.stats is None:  # --benchmark-disable: checked, not timed
             return
         stats = self.benchmark.stats.stats
         how = CPU_NOTE if self.clock == "cpu" else timing.how
         row = Row(
             op, case, which, way, self.clock, ours, stats.median, stats.iqr, cost.nbytes, cost.flop, peak,
-            timing.launches, how, error,
+            timing.launches * repeat, how, error, images, denoiser_flop,
         )  # fmt: skip
         self.rows.append(row)
         self.benchmark.extra_info.update(asdict(row))
@@ -123,12 +133,12 @@ class Measure:
             return float("inf")
         return max(passes.relative_error(a, e) for a, e in zip(actual, expected, strict=True))
 
-    def _peak(self, run: Callable[..., Any], arguments: tuple[Any, ...]) -> int | None:
+    def _peak(self, run: Callable[..., Any], arguments: tuple[Any, ...], *, whole: bool) -> int | None:
         if self.device.type != "cuda":
             return None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = 0 if whole else torch.cuda.memory_allocated()
         result = run(*arguments)
         torch.cuda.synchronize()
         del result

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.clock import tensors
 
-Which = Literal["forward", "backward", "both"]
+Which = Literal["forward", "backward", "both", "step"]
 Function = Callable[..., Any]
 
 # A compiled backward may otherwise free what the next run of the same graph needs.
@@ -27,12 +27,12 @@ def prepare(
 
     Args:
         function: takes `inputs`, gives a tensor or a nest of them.
-        which: "forward" gives the outputs; "backward" the gradients of all floating inputs that ask for one and of
-            `parameters`; "both" the outputs and the gradients.
+        which: "forward" gives the outputs; "step" too, of a function that is a training step; "backward" the gradients
+            of all floating inputs that ask for one and of `parameters`; "both" the outputs and the gradients.
         inputs: its arguments.
         parameters: tensors it also depends on.
     """
-    if which == "forward":
+    if which in ("forward", "step"):
         return function, inputs
     wanted = [*(t for t in tensors(inputs) if t.requires_grad), *parameters]
     outputs = _differentiable(function(*inputs))

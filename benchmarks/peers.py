@@ -51,7 +51,6 @@ class Peer:
 
 _ALL = (
     Peer("plain", "the plain PyTorch definition, eager"),
-    Peer("plain compiled", "the plain PyTorch definition through torch.compile"),
     Peer("torch.optim.Muon", "torch's own Muon", torch_attribute="optim.Muon"),
     Peer("muon-fsdp2", "zeropower_via_newtonschulz5, Muon", module="muon_fsdp2", distribution="muon-fsdp2"),
     Peer(
@@ -74,8 +73,22 @@ _ALL = (
     Peer(
         "flash-attn",
         "flash_attn_varlen_func",
-        module="flash_attn",
+        module="flash_attn.flash_attn_interface",  # flash-attn-4 makes a `flash_attn` too, without this in it
         distribution="flash-attn",
+        minimum_capability=(8, 0),
+    ),
+    Peer(
+        "flash-attn-4",
+        "flash_attn_varlen_func of its CuTeDSL kernels",
+        module="flash_attn.cute",
+        distribution="flash-attn-4",
+        minimum_capability=(9, 0),
+    ),
+    Peer(
+        "liger-kernel",
+        "LigerGELUMulFunction",
+        module="liger_kernel",
+        distribution="liger-kernel",
         minimum_capability=(8, 0),
     ),
 )

@@ -28,21 +28,12 @@ class Cost:
 
 # --- token routing (KERNELS.md, section 1) -------------------------------------------------------------------------
 
-ROUTING_PASSES = {"ours eager": 8.0, "ours compiled": 6.0, "CompVis": 17.0, "PRX": 25.5, "SimpleTuner": 59.0}
-"""KERNELS.md's count of the bytes that enter and exit move, forward and backward, at half the tokens, in passes u over
-a (batch, N, C) tensor in bf16."""
-
-
-def pass_bytes(batch: int, tokens: int, channels: int, element: int) -> float:
-    """One u: a (batch, tokens, channels) tensor of `element` bytes a number, read or written once."""
-    return float(batch) * tokens * channels * element
-
 
 def routing_bytes(which: str, batch: int, tokens: int, kept: int, channels: int, element: int) -> float:
     """Least bytes of the pair: K rows gathered, then N rows merged from two tensors into one; backward the same.
 
-    2K + 2N rows each way, 3u at half the tokens. Each op alone needs more: its gradient must be right without the
-    other (`ROUTING_PASSES`).
+    2K + 2N rows each way: 3 passes over a (batch, N, C) tensor at half the tokens. Each op alone needs more, 4 passes
+    each way, as its gradient must be right without the other.
     """
     one_way = (2.0 * kept + 2.0 * tokens) * batch * channels * element
     return one_way * {"forward": 1, "backward": 1, "both": 2}[which]

@@ -3,11 +3,13 @@
 #
 # Parts: gpu-tests, kernels, step, profile, train; all of them by default. Each is bounded in time, writes its log and
 # results to OUT, and is skipped where OUT already holds its result: the same command goes on where it was cut off.
+# On their own: steps does every row of the step, which takes most of nine minutes (step only those that come first);
+# pointwise times what stands between a block's matrix products, which is read beside the profile.
 # Works from a checkout, offline, with the python that is there (PYTHON=…): torch >= 2.11, Triton >= 3.6, pytest,
 # pytest-benchmark. What else is missing skips its rows. PRX_COMMIT names the commit where git does not know.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { echo "usage: bash benchmarks/run_h200.sh OUT [gpu-tests|kernels|step|profile|train ...]" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: bash benchmarks/run_h200.sh OUT [gpu-tests|kernels|step|profile|train|steps|pointwise ...]" >&2; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd) || { echo "cannot write to $1" >&2; exit 2; }
 shift
 parts=("$@")
@@ -30,9 +32,12 @@ part() {
   if [ $code = 0 ]; then [ -e "$out/$result" ] || cp "$out/$name.log" "$out/$result"; else failed=1; fi
 }
 
-bench() { # NAME SECONDS FILES...: benchmarks into NAME.json; a file of rows cut off by the limit is not kept
-  local name=$1 limit=$2
-  shift 2
+# bench NAME SECONDS REST FILES...: benchmarks into NAME.json. Rows whose turn comes in the last REST seconds are skipped
+# by name, which is how those before them are kept: a file that the limit cut off is not.
+bench() {
+  local name=$1 limit=$2 rest=$3
+  shift 3
+  export PRX_BENCH_SECONDS=$((limit - rest))
   part "$name" "$limit" "$name.json" bash -c '
     out=$1 name=$2 python=$3; shift 3
     "$python" -m pytest "$@" --benchmark-only -q --benchmark-columns=median,iqr -p no:cacheprovider \
@@ -42,24 +47,26 @@ bench() { # NAME SECONDS FILES...: benchmarks into NAME.json; a file of rows cut
 
 for wanted in "${parts[@]}"; do
   case "$wanted" in
-    gpu-tests) part gpu-tests 150 gpu-tests.txt "$python" -m pytest -m gpu -q -p no:cacheprovider tests ;;
-    kernels) bench kernels 200 $(ls benchmarks/test_*.py | grep -v -e test_model -e test_step) ;;
-    step) bench step 100 $(ls benchmarks/test_model.py benchmarks/test_step.py 2>/dev/null) ;;
+    gpu-tests) part gpu-tests 100 gpu-tests.txt "$python" -m pytest -m gpu -q -p no:cacheprovider tests ;;
+    kernels) bench kernels 130 20 $(ls benchmarks/test_*.py | grep -v -e test_model -e test_step -e test_pointwise) ;;
+    step) bench step 140 55 benchmarks/test_step.py ;; # a row of it compiles for up to a minute
+    steps) bench steps 530 60 benchmarks/test_step.py benchmarks/test_model.py ;;
+    pointwise) bench pointwise 180 30 benchmarks/test_pointwise.py ;;
     profile)
-      part profile 60 profile-512.json "$python" -m benchmarks.profile_step --out "$out" ${PRX_TINY:+--tiny --size 64 --batch 2}
+      part profile 80 profile-512.json "$python" -m benchmarks.profile_step --out "$out"
       ;;
     train)
-      part train 90 train.txt "$python" train/speedrun.py --output.folder "$out/runs" --output.name shapes ${PRX_TRAIN:-}
+      part train 85 train.txt "$python" train/speedrun.py --output.folder "$out/runs" --output.name shapes ${PRX_TRAIN:-}
       ;;
     *)
-      echo "unknown part '$wanted'; there are gpu-tests, kernels, step, profile, train" >&2
+      echo "unknown part '$wanted'; there are gpu-tests, kernels, step, profile, train, steps, pointwise" >&2
       exit 2
       ;;
   esac
 done
 
 echo
-for result in kernels step; do
+for result in kernels step steps pointwise; do
   [ -e "$out/$result.json" ] && "$python" -m benchmarks.summary "$out/$result.json"
 done
 [ -e "$out/profile-512.json" ] && tail -n 25 "$out/profile.log"

@@ -3,7 +3,7 @@
 Times are medians of one launch, the spread is the interquartile range. GB/s and TFLOP/s are those of the op (the bytes
 and operations that it needs at least, benchmarks/roofline.py), not of the way it was done; "of floor" is the time that
 the machine's measured ceilings allow at best over the time taken. "ours is" says how many times faster our fastest row
-of the group is: below 1 we lose.
+of the group is: below 1 we lose. A training step's MFU is that of the denoiser and, in brackets, of all its parts.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from benchmarks.machine import Ceilings
 from benchmarks.measure import CPU_NOTE, Row
 
 _HEAD = ("way", "time", "spread", "GB/s", "TFLOP/s", "of floor", "ours is", "peak", "error", "how")
+_STEP_HEAD = ("way", "time", "spread", "images/s", "MFU (all)", "of floor", "ours is", "peak", "error", "how")
 
 
 def lines(rows: Iterable[Row], ceilings: Ceilings) -> list[str]:
@@ -32,7 +33,8 @@ def lines(rows: Iterable[Row], ceilings: Ceilings) -> list[str]:
     ordered = sorted(enumerate(rows), key=lambda pair: (_first(rows, pair[1]), pair[0]))
     for group, members in groupby((row for _, row in ordered), key=lambda row: row.group):
         out += ["", " | ".join(part for part in group if part)]
-        out += _aligned([_HEAD, *cells(list(members), ceilings)])
+        in_group = list(members)
+        out += _aligned([_STEP_HEAD if in_group[0].images else _HEAD, *cells(in_group, ceilings)])
     return out
 
 
@@ -50,8 +52,7 @@ def cells(group: Sequence[Row], ceilings: Ceilings) -> list[tuple[str, ...]]:
                 row.way,
                 duration(row.seconds),
                 f"{row.spread / row.seconds:.1%}" if row.seconds else "-",
-                f"{row.nbytes / row.seconds / 1e9:.4g}" if row.nbytes and row.seconds else "-",
-                f"{row.flop / row.seconds / 1e12:.4g}" if row.flop and row.seconds else "-",
+                *_rates(row, ceilings),
                 f"{floor / row.seconds:.1%}" if floor and row.seconds else "-",
                 "-" if best is None or row.ours or not best else f"{row.seconds / best:.2f}x",
                 "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f} MiB",
@@ -60,6 +61,30 @@ def cells(group: Sequence[Row], ceilings: Ceilings) -> list[tuple[str, ...]]:
             )
         )
     return made
+
+
+def _rates(row: Row, ceilings: Ceilings) -> tuple[str, str]:
+    """GB/s and TFLOP/s; of a training step images/s and MFU, that of the denoiser alone and that of all its parts."""
+    if not row.seconds:
+        return "-", "-"
+    if row.images:
+        shares = mfu(row, ceilings)
+        return f"{row.images / row.seconds:.4g}", f"{shares[0]:.1%} ({shares[1]:.1%})" if shares else "-"
+    return (
+        f"{row.nbytes / row.seconds / 1e9:.4g}" if row.nbytes else "-",
+        f"{row.flop / row.seconds / 1e12:.4g}" if row.flop else "-",
+    )
+
+
+def mfu(row: Row, ceilings: Ceilings) -> tuple[float, float] | None:
+    """Operations of the denoiser, and of all parts, a second over the data sheet's rate; None where it is not known.
+
+    Operations are those that are needed: real text tokens, routed blocks at their kept tokens, nothing done twice.
+    """
+    rate = ceilings.data_sheet_flop_per_second
+    if not rate or not row.seconds:
+        return None
+    return row.denoiser_flop / row.seconds / rate, row.flop / row.seconds / rate
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Image queries over [text, image] keys, with text padded to 256 tokens of which some are real: five ways to skip them.
+"""Image queries over [text, image] keys, with text padded to 256 tokens of which some are real: six ways to skip them.
 
 PRX's own is the additive one: a mask of shape (batch, heads, queries, keys). Operations count real keys only.
 """
@@ -15,9 +15,9 @@ from benchmarks.measure import Measure
 from benchmarks.passes import Which
 from benchmarks.peers import require
 from benchmarks.roofline import attention
-from prx_model.attention import attend
+from benchmarks.sizes import GPU, text_lengths
+from prx_model.attention import attend, pack_keys
 
-GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if GPU else torch.float32
 
 
@@ -34,11 +34,8 @@ class Case:
         return f"B{self.batch} H{self.heads} Q{self.queries} L{self.text} fill {self.fill:.0%}"
 
     def lengths(self) -> list[int]:
-        """Real text tokens of each sample: spread round the mean, never none."""
-        mean = self.fill * self.text
-        spread = min(mean - 1, self.text - mean)
-        steps = [2 * i / max(self.batch - 1, 1) - 1 for i in range(self.batch)]
-        return [round(mean + spread * step) for step in steps]
+        """Real text tokens of each sample."""
+        return text_lengths(self.batch, self.text, self.fill)
 
 
 if GPU:
@@ -71,6 +68,23 @@ def flash(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask:
     return attend(q, (k, v), (text_k, text_v), mask, "flash")
 
 
+def flash_4(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
+    """flash-attn-4's kernels over packed keys."""
+    from flash_attn.cute import flash_attn_varlen_func
+
+    key, value = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
+    packed_key, packed_value, ends = pack_keys(key, value, mask)
+    batch, heads, tokens, head_dim = q.shape
+    starts = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=q.device)
+    query = q.transpose(1, 2).reshape(batch * tokens, heads, head_dim)
+    out = flash_attn_varlen_func(
+        query, packed_key, packed_value, cu_seqlens_q=starts, cu_seqlens_k=ends, max_seqlen_q=tokens,
+        max_seqlen_k=key.shape[2],
+    )  # fmt: skip
+    out = out[0] if isinstance(out, tuple) else out
+    return out.reshape(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
 def definition(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
     """Softmax of masked scores, written out."""
     key, value = torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2)
@@ -79,8 +93,15 @@ def definition(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, 
     return scores.softmax(dim=-1) @ value
 
 
-WAYS = {"additive": additive, "broadcast": broadcast, "packed": None, "varlen": varlen, "flash": flash}
-NEEDS = {"varlen": "varlen", "flash": "flash-attn"}
+WAYS = {
+    "additive": additive,
+    "broadcast": broadcast,
+    "packed": None,
+    "varlen": varlen,
+    "flash": flash,
+    "flash 4": flash_4,
+}
+NEEDS = {"varlen": "varlen", "flash": "flash-attn", "flash 4": "flash-attn-4"}
 
 
 def packed(lengths: list[int]):  # type: ignore[no-untyped-def]

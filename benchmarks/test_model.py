@@ -5,49 +5,30 @@ torch's count on the meta device at these very sizes.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import passes
+from benchmarks import denoisers, passes
 from benchmarks.clock import tensors
+from benchmarks.denoisers import Kind
 from benchmarks.machine import device
 from benchmarks.measure import Measure
 from benchmarks.passes import Which
 from benchmarks.peers import require
 from benchmarks.roofline import Cost
+from benchmarks.sizes import CONFIG, GPU, Case, cases, routing
 from prx_kernels import sample_keep
-from prx_model import PRXConfig, PRXTransformer
+from prx_model import PRXTransformer
 from prx_model.config import Routing, prx_1_2b
 from prx_model.flops import forward_flop, training_flop
 
-GPU = torch.cuda.is_available()
-TINY = PRXConfig(context_in_dim=24, hidden_size=64, num_heads=2, depth=3, axes_dim=(16, 16), bottleneck_size=16)
-CONFIG = prx_1_2b() if GPU else TINY
-ROUTING = Routing(enabled=True, start=1, end=CONFIG.depth - 2, selection_ratio=0.5)
-
-
-@dataclass(frozen=True)
-class Case:
-    size: int
-    batch: int
-    text: int = 256
-    fill: float = 0.4
-
-    def __str__(self) -> str:
-        return f"{self.size} px x {self.batch}"
-
-    @property
-    def tokens(self) -> int:
-        return CONFIG.tokens(self.size, self.size)
-
-
-CASES = [Case(512, 32), Case(1024, 16)] if GPU else [Case(64, 2, text=8)]
+CASES = [case for case in cases() if case.fill == cases()[0].fill]
+ROUTING = routing(CONFIG)
 # Each way: diffusers or ours, compiled or not, routed or dense.
-WAYS = {
+WAYS: dict[str, tuple[Kind, bool, bool]] = {
     "diffusers": ("diffusers", False, False),
     "diffusers compiled": ("diffusers", True, False),
     "ours": ("ours", False, False),
@@ -57,27 +38,10 @@ WAYS = {
 }
 
 
-def random_weights() -> dict[str, Tensor]:
-    """Weights that give outputs of order one: the initial ones give zero."""
-    generator = torch.Generator(device=device()).manual_seed(0)
-    state = {}
-    for name, like in PRXTransformer(CONFIG).state_dict().items():
-        noise = torch.randn(like.shape, generator=generator, device=device())
-        state[name] = noise * like.shape[-1] ** -0.5 if like.ndim == 2 else 0.7 + 0.1 * noise
-    return state
-
-
-def build(kind: str, *, compile_blocks: bool) -> nn.Module:
-    if kind == "diffusers":
-        from diffusers import PRXTransformer2DModel
-
-        model: nn.Module = PRXTransformer2DModel(**{**asdict(CONFIG), "axes_dim": list(CONFIG.axes_dim)})
-    else:
-        model = PRXTransformer(CONFIG)
-    model.to(device()).load_state_dict(random_weights(), strict=True)
+def build(kind: Kind, *, compile_blocks: bool) -> nn.Module:
+    model = denoisers.build(kind, CONFIG)
     if compile_blocks:
-        for block in model.get_submodule("blocks").children():
-            block.compile(fullgraph=kind == "ours", backend="inductor" if GPU else "aot_eager")
+        denoisers.compile_blocks(kind, model)
     return model
 
 
@@ -98,7 +62,7 @@ def call(model: nn.Module, *, kind: str, routed: bool, autocast: bool, case: Cas
     def run(image: Tensor, t: Tensor, text: Tensor, mask: Tensor, ids: Tensor, seed: Tensor) -> Tensor:
         with torch.autocast(device().type, torch.bfloat16, enabled=autocast, cache_enabled=False):
             if kind == "diffusers":
-                return model(image, t, text, attention_mask=mask, return_dict=False)[0]
+                return denoisers.predict("diffusers", model, image, t, text, mask)
             if not routed:
                 return model(image, t, text, mask)
             keep = sample_keep(ids, case.tokens, ROUTING.selection_ratio, seed=seed)
@@ -166,7 +130,7 @@ def test_formula_counts_what_torch_counts_at_prx_size(benchmark: Any, size: int,
     """On the meta device, so at full size anywhere; what is timed here is only how long counting takes on the host."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    config = replace(prx_1_2b())
+    config = prx_1_2b()
     routing = Routing(enabled=True, start=1, end=14, selection_ratio=0.5) if routed else None
     with torch.device("meta"):
         model = PRXTransformer(config)

@@ -112,6 +112,14 @@ def test_a_wrong_kernel_fails_its_benchmark_and_gets_no_figure(tmp_path):
     assert not wrong.exists() or not wrong.read_text() or not json.loads(wrong.read_text())["benchmarks"]
 
 
+def test_rows_whose_time_is_spent_are_skipped_by_name(monkeypatch):
+    monkeypatch.setenv("PRX_BENCH_SECONDS", "0")
+    done = run_benchmarks("benchmarks/test_token_routing.py", "-k", "sample_keep")
+    assert done.returncode == 0, done.stdout
+    assert "the 0 s that PRX_BENCH_SECONDS gives this run are spent" in done.stdout
+    assert "what was measured" not in done.stdout
+
+
 def test_result_files_can_be_compared_and_read_back(tmp_path):
     selected = ("benchmarks/test_token_routing.py", "-k", "sample_keep")
     result = tmp_path / "result.json"
@@ -194,6 +202,16 @@ def test_a_peer_that_wins_is_shown_as_such_and_cpu_rows_show_no_rates():
     assert row[-1] == CPU_NOTE
 
 
+def test_a_step_shows_pictures_a_second_and_both_its_mfus():
+    """100 and 150 TFLOP in 0.5 s are 20 % and 30 % of 1,000 TFLOP/s."""
+    step = replace(ROW, which="step", seconds=0.5, nbytes=0.0, flop=150e12, denoiser_flop=100e12, images=32)
+    (row,) = summary.cells([step], Ceilings(4e12, 8e14, "bfloat16", 1e15))
+    assert row[3:6] == ("64", "20.0% (30.0%)", "37.5%")
+    (row,) = summary.cells([step], Ceilings(4e12, 8e14, "bfloat16"))
+    assert row[3:6] == ("64", "-", "37.5%")
+    assert "images/s" in " ".join(summary.lines([step], Ceilings(4e12, 8e14, "bfloat16")))
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(1.5, "1.5 s"), (0.0123456, "12.35 ms"), (4.2e-5, "42 us"), (3e-8, "30 ns")]
 )
@@ -213,6 +231,19 @@ def test_missing_peers_say_why():
         assert peers.PEERS["varlen"].missing() == "varlen needs a CUDA device"
     with pytest.raises(ValueError, match="no peer 'nobody' is declared"):
         peers.require("nobody")
+
+
+def test_flash_attn_4_alone_is_not_taken_for_flash_attn(tmp_path, monkeypatch):
+    """Both make a package `flash_attn`."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    for folder in (tmp_path / "flash_attn", tmp_path / "flash_attn" / "cute"):
+        (folder / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    assert "flash-attn is not installed" in str(peers.PEERS["flash-attn"].missing())
+    assert "is not installed" not in str(peers.PEERS["flash-attn-4"].missing())
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 # --- traffic -------------------------------------------------------------------------------------------------------

@@ -4,26 +4,17 @@ import pytest
 import torch
 
 from benchmarks import roofline
+from benchmarks.flop_table import RECIPE
 from benchmarks.roofline import STAGE_1, STAGE_2
+from benchmarks.sizes import CONFIG
+from benchmarks.test_pointwise import PARTS, cost
+from benchmarks.test_pointwise import make_inputs as make_pointwise_inputs
 from benchmarks.test_token_routing import WAYS, Case, make_inputs
 from benchmarks.traffic import EagerTraffic
 from prx_kernels import newton_schulz_flop, reference
 
-# RECIPE.md, "Where its time goes": TFLOP a GPU and step.
-RECIPE = {
-    "denoiser, dense": (43.6, 83.7),
-    "denoiser, TREAD": (26.8, 47.3),
-    "LPIPS": (3.8, 7.7),
-    "P-DINO": (4.5, 2.2),
-    "REPA teacher": (5.2, 0.0),
-    "Newton-Schulz, one GPU": (47.9, 47.9),
-    "Newton-Schulz, spread": (1.5, 1.5),
-    "T5Gemma": (33.6, 16.8),
-    "T5Gemma, embedding counted": (42.6, 21.3),
-}
 
-
-@pytest.mark.parametrize("part", RECIPE)
+@pytest.mark.parametrize("part", STAGE_1.parts())
 def test_parts_are_those_of_the_recipe(part):
     for stage, expected in zip((STAGE_1, STAGE_2), RECIPE[part], strict=True):
         # The table has one decimal; 1.5 % covers what it counts otherwise (register tokens, patch embeddings).
@@ -65,9 +56,22 @@ def test_counts_by_hand():
     assert roofline.linear(2, 3, 5).nbytes == 2 * (6 + 15 + 10)
     assert roofline.attention(1, 1, 2, 3, 4, "forward").flop == 4 * 2 * 3 * 4
     assert roofline.attention(1, 1, 2, 3, 4, "both").flop == 3.5 * 4 * 2 * 3 * 4
-    assert roofline.pass_bytes(32, 256, 1792, 2) == pytest.approx(29.4e6, rel=0.002)
-    u = roofline.pass_bytes(2, 8, 16, 4)
-    assert roofline.routing_bytes("both", 2, 8, 4, 16, 4) == roofline.ROUTING_PASSES["ours compiled"] * u
+    assert roofline.routing_bytes("both", 2, 8, 4, 16, 4) == 6 * (2 * 8 * 16 * 4)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_between_products_read_their_inputs_and_write_their_outputs_once(name):
+    part = PARTS[name]
+    inputs = make_pointwise_inputs(part, 2, 4)(0)
+    made = part.function(*inputs)
+    wide = [
+        x for x in (*inputs, *(made if isinstance(made, tuple) else (made,))) if x.numel() >= 8 * CONFIG.hidden_size
+    ]
+    moved = sum(x.numel() * x.element_size() for x in wide)
+    if name == "q, k norm + rotary":
+        moved -= inputs[0].numel() // 3 * inputs[0].element_size()  # values are not looked at
+    assert cost(part, 2, 4, "forward").nbytes == moved
+    assert cost(part, 2, 4, "both").nbytes * part.forward == moved * (part.forward + part.backward)
 
 
 def test_vgg16_counts_what_torch_counts():

@@ -96,7 +96,7 @@ def test_a_taught_run_goes_on_bitwise(tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer = Trainer(recipe, parallel.start(recipe.train))
-        for key, teacher in trainer.teaching.teachers.items():
+        for key, teacher in trainer.learner.teaching.teachers.items():
             teacher._frozen = networks.setdefault(key, teacher._frozen)
         return checkpoint.complete(trainer.run().folder)[-1]
 
@@ -112,17 +112,15 @@ def test_samples_above_t_max_do_not_go_through_a_teacher(tmp_path: Path, monkeyp
     limited = tiny(tmp_path, lpips=replace(LPIPS_SMALL, t_max=0.6), flow=replace(shapes().flow, shift=1.0))
     world = parallel.start(limited.train)
     trainer = Trainer(limited, world)
-    teacher = trainer.teaching.teachers["lpips"]
+    teacher = trainer.learner.teaching.teachers["lpips"]
     sizes = []
     forward = teacher.forward
     monkeypatch.setattr(teacher, "forward", lambda seen: sizes.append(len(seen.image)) or forward(seen))
     expected = []
-    for batch in list(batches(trainer.dataset, limited, world, 0))[:3]:
-        t = trainer._sample_t(batch.positions, trainer._seed("t"))
+    for number, batch in enumerate(list(batches(trainer.dataset, limited, world, 0))[:3]):
+        t = trainer.learner._sample_t(batch.positions, trainer.learner._seed("t", number))
         expected.append(int((t < 0.6).sum()))
-        parts, _ = trainer._train_step(batch)
-        assert torch.isfinite(parts["loss"])
-        trainer.step += 1
+        assert torch.isfinite(trainer.learner.step(batch, number).parts["loss"])
     assert sizes == [count for count in expected if count]
     assert any(0 < count < 4 for count in expected), "the limit must cut somewhere for this test to say anything"
 
@@ -138,7 +136,7 @@ def test_a_loss_of_some_samples_is_the_mean_of_those_of_its_halves(tmp_path: Pat
 
     def loss(chosen: slice) -> float:
         batch = Batch(image[chosen], [""] * 4, torch.arange(4)[chosen], torch.arange(4)[chosen])
-        total, parts = trainer.teaching(batch, tokens[chosen], None, None, t[chosen], trainer.stopwatch)
+        total, parts = trainer.learner.teaching(batch, tokens[chosen], None, None, t[chosen], trainer.stopwatch)
         assert float(total) == pytest.approx(0.1 * float(parts["lpips"]), rel=1e-6)
         return float(parts["lpips"])
 

@@ -1,0 +1,143 @@
+"""What stands between a block's matrix products, alone: eager and compiled, against the least bytes it must move.
+
+These parts are no kernels of this project. Beside a profile of the step, the rows say what one could win: the share of
+the floor that the compiler reaches, times the part's share of the step. "Ours" is what the model runs, the compiled.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import device
+from benchmarks.measure import Measure
+from benchmarks.passes import Which
+from benchmarks.peers import require
+from benchmarks.roofline import Cost
+from benchmarks.sizes import CONFIG, GPU
+from prx_model.layers import NORM_EPS, apply_rotary, modulate, rotary_table
+
+CLOCKS = ("device",)
+DTYPE = torch.bfloat16 if GPU else torch.float32
+ELEMENT = 2 if GPU else 4
+# Kept tokens of the routed blocks, which are 14 of 16, at both stages (RECIPE.md).
+CASES = [(32, 128), (16, 512)] if GPU else [(2, 4)]
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    return x + gate * branch
+
+
+def residual_and_modulation(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Any:
+    """The end of one branch and the beginning of the next: the new x, and what the next products read."""
+    x = x + gate * branch
+    return x, modulate(x, shift, scale)
+
+
+def norm_and_rotary(qkv: Tensor, query_scale: Tensor, key_scale: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys of the joint projection (batch, N, 3·hidden), normed and turned: (batch, heads, N, head_dim)."""
+    q, k, _ = qkv.unflatten(-1, (3, CONFIG.num_heads, -1)).movedim(-3, 0).transpose(-3, -2).unbind(0)
+    turned = (apply_rotary(_rms_norm(part, scale), table) for part, scale in ((q, query_scale), (k, key_scale)))
+    first, second = (part.to(qkv.dtype) for part in turned)
+    return first, second
+
+
+def _rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    """In float32, as under autocast."""
+    return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], scale, eps=NORM_EPS)
+
+
+def gelu_times_up(gate: Tensor, up: Tensor) -> Tensor:
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def liger(gate: Tensor, up: Tensor) -> Tensor:
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+
+    out: Tensor = LigerGELUMulFunction.apply(gate, up)
+    return out
+
+
+@dataclass(frozen=True)
+class Part:
+    """A pointwise part of a block, and how often it must pass over its (batch, N, width) tensors at least."""
+
+    function: Callable[..., Any]
+    wide: tuple[int, ...]
+    """Widths of its (batch, N, width) inputs, in hidden sizes; 0 is the MLP's width."""
+    vectors: int
+    """Its (batch, 1, hidden) inputs."""
+    forward: int
+    backward: int
+    """Passes over (batch, N, hidden), or over (batch, N, MLP width): inputs read once, outputs written once."""
+
+
+PARTS = {
+    "LayerNorm + modulation": Part(modulate, (1,), 2, 2, 3),  # x read, h written; both read, the gradient written
+    "gated residual": Part(gated_residual, (1, 1), 1, 3, 3),  # the gradient of x is that of the output
+    "gated residual + LayerNorm + modulation": Part(residual_and_modulation, (1, 1), 3, 4, 6),
+    "q, k norm + rotary": Part(norm_and_rotary, (3,), 0, 4, 7),  # backward clears the values' third of its gradient
+    "GELU x up": Part(gelu_times_up, (0, 0), 0, 3, 5),
+}
+WAYS = ("eager", "compiled", "liger-kernel")
+
+
+def make_inputs(part: Part, batch: int, tokens: int) -> Callable[[int], tuple[Tensor, ...]]:
+    """Random inputs of a part; scales of norms are float32."""
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device(), dtype).requires_grad_()
+
+        widths = [times * CONFIG.hidden_size or CONFIG.mlp_size for times in part.wide]
+        made = [random(batch, tokens, width) for width in widths]
+        made += [random(batch, 1, CONFIG.hidden_size) for _ in range(part.vectors)]
+        if part.function is norm_and_rotary:
+            table = rotary_table(1, tokens, CONFIG.axes_dim, CONFIG.theta, device())
+            made += [random(CONFIG.head_dim, dtype=torch.float32) for _ in range(2)]
+            return (*made, table)
+        return tuple(made)
+
+    return inputs
+
+
+def cost(part: Part, batch: int, tokens: int, which: Which) -> Cost:
+    """Least bytes; vectors and tables are small beside them and left out."""
+    width = CONFIG.hidden_size if part.wide[0] else CONFIG.mlp_size
+    passes = part.forward + (part.backward if which == "both" else 0)
+    return Cost(float(passes) * batch * tokens * width * ELEMENT)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("which", ["forward", "both"])
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize(("batch", "tokens"), CASES)
+def test_pointwise(measure: Measure, batch: int, tokens: int, name: str, which: Which, way: str) -> None:
+    part = PARTS[name]
+    function = part.function
+    if way == "liger-kernel":
+        if function is not gelu_times_up:
+            pytest.skip("liger-kernel has GELU x up of these, and no modulation or 2-D rotary positions")
+        require("liger-kernel")
+        function = liger
+    if way == "compiled":
+        function = torch.compile(function, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    measure(
+        op=f"between products: {name}",
+        case=f"B{batch} N{tokens}",
+        which=which,
+        way=way,
+        function=function,
+        inputs=make_inputs(part, batch, tokens),
+        reference=part.function,
+        cost=cost(part, batch, tokens, which),
+        # One rounding of inputs and outputs to bf16's 8 bits, and sums over tokens of such numbers.
+        tolerance=2e-2 if GPU else 1e-5,
+        ours=way == "compiled",
+    )
