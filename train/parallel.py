@@ -65,6 +65,8 @@ def start(train: Train, settings: Parallel | None = None) -> World:
     else:
         device = torch.device("cpu")
     replicate, shard = mesh_shape(settings, size, per_node)
+    if train.deterministic:
+        _repeat_exactly()
     if size == 1 and compute_dtype(train, device) == torch.float32:
         return World(rank, size, device)
     if not dist.is_initialized():
@@ -81,6 +83,13 @@ def start(train: Train, settings: Parallel | None = None) -> World:
     else:
         mesh = init_device_mesh(device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))
     return World(rank, size, device, mesh)
+
+
+def _repeat_exactly() -> None:
+    """Kernels that add in a fixed order only, or an error that names the operation without one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 _TORCHRUN = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))

@@ -227,7 +227,7 @@ def test_a_run_logs_losses_and_distances_of_both_kinds_of_weights_and_shows_its_
     assert events.Tags()["images"] == ["samples"]
     # The weights left in place are the trained ones: measured again, they give the raw loss.
     assert run.validation is not None
-    again = evaluate.held_out_loss(run.modules, run.validation, recipe)
+    again = evaluate.held_out_loss(run.learner.modules, run.validation, recipe, run.world)
     assert again["loss/32x32"] == line["eval/raw/loss/32x32"]
 
 

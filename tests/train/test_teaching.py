@@ -194,11 +194,11 @@ def test_the_second_stage_goes_on_without_repa_and_behind_the_firsts_samples(tau
     trainer = Trainer(second, parallel.start(second.train), stage=1, previous=taught)
     before = checkpoint.load(checkpoint.complete(taught)[-1]).tensors
     model, ema, state = before["model"], before["ema"], before["optimizer"]
-    assert all(torch.equal(value, model[key]) for key, value in trainer.modules.model.state_dict().items())
-    assert all(torch.equal(value, ema[key]) for key, value in trainer.ema.state_dict().items())
+    assert all(torch.equal(value, model[key]) for key, value in trainer.learner.modules.model.state_dict().items())
+    assert all(torch.equal(value, ema[key]) for key, value in trainer.learner.ema.state_dict().items())
     kept = {key: value for key, value in state.items() if not key.startswith("repa.")}
-    assert trainer.optimizers.state_dict().keys() == kept.keys()
-    assert all(torch.equal(value, kept[key]) for key, value in trainer.optimizers.state_dict().items())
+    assert trainer.learner.optimizers.state_dict().keys() == kept.keys()
+    assert all(torch.equal(value, kept[key]) for key, value in trainer.learner.optimizers.state_dict().items())
     assert trainer.first_position == 4 * 4
     outcome = trainer.run()
     saved = checkpoint.load(checkpoint.complete(outcome.folder)[-1])
@@ -218,7 +218,7 @@ def test_anything_else_that_does_not_fit_is_refused(taught: Path, tmp_path: Path
     saved = checkpoint.load(checkpoint.complete(taught)[-1])
     assert "repa" in saved.tensors
     trainer = Trainer(tiny(tmp_path, name="other"), parallel.start(shapes().train))
-    model = dict(trainer.modules.model.state_dict())
-    ema, optimizer = trainer.ema.state_dict(), trainer.optimizers.state_dict()
+    model = dict(trainer.learner.modules.model.state_dict())
+    ema, optimizer = trainer.learner.ema.state_dict(), trainer.learner.optimizers.state_dict()
     with pytest.raises(UserError, match="its section 'tower' has no place here"):
         carry_over(taught, {"model": model, "ema": ema, "optimizer": optimizer})

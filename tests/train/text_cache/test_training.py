@@ -43,16 +43,16 @@ def test_loss_and_gradients_are_those_of_encoding_online_bit_for_bit(
         trainer = Trainer(made, ALONE)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():  # the head is zero at the start: text would not reach the loss
-            for _, parameter in trainer.parameters:
+            for _, parameter in trainer.learner.parameters:
                 parameter.normal_(std=0.1, generator=generator)
         if cache:
-            assert isinstance(trainer.modules.tower, CachedText)
+            assert isinstance(trainer.learner.modules.tower, CachedText)
             monkeypatch.setattr(T5GemmaTower, "forward", lambda *_: pytest.fail("the encoder was used"))
         image = torch.randint(0, 256, (8, 3, 8, 8), generator=generator, dtype=torch.uint8)
         positions = torch.arange(8)
-        loss, _ = trainer._loss(Batch(image, list(all_captions(recipe))[:8], positions, positions))
+        loss, *_ = trainer.learner._loss(Batch(image, list(all_captions(recipe))[:8], positions, positions), 0)
         loss.backward()
-        results.append((loss.detach(), {name: p.grad for name, p in trainer.parameters}))
+        results.append((loss.detach(), {name: p.grad for name, p in trainer.learner.parameters}))
         monkeypatch.undo()
     (loss, gradients), (online_loss, online_gradients) = results
     assert torch.equal(loss, online_loss)
