@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from train.errors import UserError
 from train.meter import Meter
 from train.metrics import Display, Metrics, drop_metrics_after
 from train.optimizers import learning_rate_factor
-from train.parallel import World, agree, from_main
+from train.parallel import World, agree, from_main, patience
 from train.pictures import save_grid
 from train.profiling import Profiler
 from train.recipes import Recipe
@@ -70,8 +69,7 @@ class Trainer:
                 print(f"note: {note}", flush=True)
         self.distances = self._open_distances()
         self.profiler = Profiler(recipe.profile, self.folder, world)
-        timeout = timedelta(seconds=recipe.parallel.timeout)
-        self.checkpointer = Checkpointer(self.folder, keep=recipe.checkpoint.keep, timeout=timeout)
+        self.checkpointer = Checkpointer(self.folder, keep=recipe.checkpoint.keep, timeout=patience(recipe.parallel))
         try:
             self.quarantine = Quarantine(self.folder, world.rank, recipe.data.bad_limit)
             if world.is_main and isinstance(self.dataset, ImageDataset):

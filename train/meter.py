@@ -77,7 +77,7 @@ class Meter:
         sums, counts = told[len(means) : len(means) + T_BINS], told[len(means) + T_BINS :]
         for i, (loss, count) in enumerate(zip(sums, counts, strict=True)):
             if count:
-                values[f"train/loss/t={i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"] = loss / count
+                values[f"train/loss_by_t/{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"] = loss / count
         spent = time.monotonic() - self.began
         rate = self.recipe.train.batch * self.steps / spent
         values |= {

@@ -72,7 +72,7 @@ def start(train: Train, settings: Parallel | None = None) -> World:
     if not dist.is_initialized():
         # gloo beside nccl: small host-side agreements (stop, finish) must not wait on the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=settings.timeout)
+        timeout = patience(settings)
         if size == 1:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
@@ -113,6 +113,14 @@ def mesh_shape(settings: Parallel, size: int, per_node: int) -> tuple[int, int]:
             f"leave one of them out and it is worked out"
         )
     return replicate, shard
+
+
+def patience(settings: Parallel) -> timedelta:
+    """How long a collective waits for the others: never less than ranks may differ in starting up.
+
+    `faults.Watchdog` is stricter, from the first step on.
+    """
+    return timedelta(seconds=max(settings.timeout, 120.0))
 
 
 def finish() -> None:

@@ -136,7 +136,7 @@ def test_a_loss_of_some_samples_is_the_mean_of_those_of_its_halves(tmp_path: Pat
 
     def loss(chosen: slice) -> float:
         batch = Batch(image[chosen], [""] * 4, torch.arange(4)[chosen], torch.arange(4)[chosen])
-        total, parts = trainer.learner.teaching(batch, tokens[chosen], None, None, t[chosen], trainer.stopwatch)
+        total, parts = trainer.learner.teaching(batch, tokens[chosen], None, None, t[chosen], trainer.learner.stopwatch)
         assert float(total) == pytest.approx(0.1 * float(parts["lpips"]), rel=1e-6)
         return float(parts["lpips"])
 
