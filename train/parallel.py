@@ -23,6 +23,7 @@ from prx_model.teachers import REPA, Teacher
 from prx_model.transformer import PRXTransformer
 from train.errors import UserError
 from train.recipes import Compile, Parallel, Train
+from train.rendezvous import fresh_store
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def start(train: Train, settings: Parallel | None = None) -> World:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=timeout, store=fresh_store(timeout), rank=rank, world_size=size)
     if replicate == 1:
         mesh = init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
     else:
