@@ -17,14 +17,10 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from train import checkpoint_files as files
 from train.agreement import Group, gather, on_first
 from train.checkpoint_files import Entry, Stored, complete
-from train.checkpoint_storage import HostPlanner, Reader, Writer, load_planner
 from train.errors import UserError
 from train.run_lock import RunLock
 
@@ -113,8 +109,8 @@ class Checkpointer:
         live = {f"{section}/{name}": t for section, content in tensors.items() for name, t in content.items()}
         copied = self._copy_to_host(live)
         self._step = step
-        writer = Writer(self.run, self.rank, step, dict(facts), self.keep)
-        self._thread = threading.Thread(target=self._write, args=(live, writer, copied), name="checkpoint", daemon=True)
+        arguments = (live, dict(facts), copied)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
         if wait:
             self.finish()
@@ -140,7 +136,8 @@ class Checkpointer:
         """Fill the host's buffers, which are kept from save to save; gives what to wait for before they are read."""
         on_gpu = False
         for name, tensor in live.items():
-            local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+            whole: Any = tensor
+            local = (whole.to_local() if hasattr(whole, "to_local") else whole).detach()
             buffer = self._buffers.get(name)
             if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
                 buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
@@ -155,8 +152,14 @@ class Checkpointer:
         event.record()
         return event
 
-    def _write(self, live: dict[str, Tensor], writer: Writer, copied: torch.cuda.Event | None) -> None:
+    def _write(self, live: dict[str, Tensor], facts: dict[str, Any], copied: torch.cuda.Event | None) -> None:
         """In the background. Ranks agree inside torch's `save`: what fails on one is raised on all."""
+        # Here, and not at the top: torch.distributed.checkpoint takes seconds to import, sympy and all.
+        from torch.distributed.checkpoint import state_dict_saver
+
+        from train.checkpoint_storage import HostPlanner, Writer
+
+        writer = Writer(self.run, self.rank, self._step, facts, self.keep)
         try:
             if copied is not None:
                 copied.synchronize()
@@ -233,6 +236,10 @@ def load_into(found: Found, tensors: Tensors, group: Group = None, *, dropped: C
     if odd:
         shown = "; ".join(odd[:4]) + (f"; and {len(odd) - 4} more" if len(odd) > 4 else "")
         raise UserError(f"the checkpoint {found.folder} does not fit this stage: {shown}")
+    from torch.distributed.checkpoint import state_dict_loader
+
+    from train.checkpoint_storage import Reader, load_planner
+
     flat = {f"{section}/{name}": t for section, content in tensors.items() for name, t in content.items()}
     with torch.no_grad():
         state_dict_loader.load(
@@ -323,6 +330,8 @@ def _check(folder: Path, group: Group) -> Found | str:
 
 def _reason(error: BaseException) -> str:
     """What to say of a failed save: the first rank's error, without its traceback."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
         return f"{inner} (rank {rank})"

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from prx_kernels import Muon
 from prx_kernels.reference import cpu_has_bfloat16
@@ -119,4 +118,5 @@ def clip_gradients(parameters: Iterable[Any], limit: float, world: World) -> Ten
 
 
 def _local(gradient: Any) -> Tensor:
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    part: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return part

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from prx_model.teachers import REPA, Teacher
@@ -150,6 +148,9 @@ def shard(module: nn.Module, world: World, settings: Parallel, train: Train, com
             _wrap_forward(block, checkpointed=settings.checkpointing, compiled=compiled)
     if world.mesh is None:
         return
+    # Here, and not at the top: the import takes seconds, which a run in one process need not wait for.
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     dtype = compute_dtype(train, world.device)
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if dtype != torch.float32 else None,
@@ -206,26 +207,34 @@ def fill(module: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
     """
     for name, value in weights:
         parameter = module.get_parameter(name)
-        if isinstance(parameter, DTensor):
-            value = value.to(parameter.device)
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)
+        parameter.copy_(_part_of(parameter, value) if hasattr(parameter, "placements") else value)
+
+
+def _part_of(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, as a DTensor like the parameter; nothing is sent."""
+    from torch.distributed.tensor import distribute_tensor
+
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
     """Drop gathered weights that a forward without backward left in place: they would hide a change of the shards."""
-    for module in modules:
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+    for part in _sharded(modules):
+        part.reshard()
 
 
 def reduce_gradients(modules: Iterable[nn.Module], *, now: bool) -> None:
     """Whether the next backward reduces gradients over the ranks, or leaves them to be added up."""
-    for module in modules:
-        if isinstance(module, FSDPModule):
-            module.set_requires_gradient_sync(now)
-            module.set_is_last_backward(now)
+    for part in _sharded(modules):
+        part.set_requires_gradient_sync(now, recurse=False)
+        part.set_is_last_backward(now)
+
+
+def _sharded(modules: Iterable[nn.Module]) -> list[Any]:
+    """All modules below (and with) these that `fully_shard` has made its own."""
+    found = [part for module in modules for part in module.modules()]
+    return [part for part in found if hasattr(part, "set_requires_gradient_sync")]
 
 
 # --- agreements ------------------------------------------------------------------------------------------------------

@@ -77,7 +77,8 @@ class Learner:
         count = self.recipe.parallel.micro_batches
         results = []
         for i, part in enumerate(micro_batches(batch, count)):
-            parallel.reduce_gradients(self._sharded(), now=i + 1 == count)
+            if self.world.mesh is not None:
+                parallel.reduce_gradients(self.trained.values(), now=i + 1 == count)
             loss, parts, losses, bins = self._loss(part, number)
             with self.stopwatch.span("backward"):
                 (loss / count).backward()
@@ -108,11 +109,6 @@ class Learner:
         """Everything that a checkpoint holds, in place: name -> tensor of each module, "ema" and "optimizer"."""
         found: dict[str, dict[str, Tensor]] = {name: module.state_dict() for name, module in self.trained.items()}
         return {**found, "ema": self.ema.state_dict(), "optimizer": self.optimizers.state_dict()}
-
-    def _sharded(self) -> Iterator[nn.Module]:
-        """Every module that may be sharded by itself; FSDP passes on what a root is told."""
-        for module in self.trained.values():
-            yield from (module, *module.children())
 
     def _loss(self, batch: Batch, number: int) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         """Flow-matching loss of a batch (RECIPE.md, "Objective") and what teachers add.
