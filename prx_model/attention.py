@@ -25,8 +25,13 @@ def check_backend(backend: str, device: torch.device) -> None:
         raise ValueError(f"attention backend {backend!r} needs a CUDA device, this is {device.type!r}; use 'sdpa'")
     if backend == "varlen" and find_spec("torch.nn.attention.varlen") is None:
         raise ValueError(f"attention backend 'varlen' needs torch >= 2.10, this is {torch.__version__}; use 'sdpa'")
-    if backend == "flash" and find_spec("flash_attn") is None:
+    if backend == "flash" and not _has_flash_attention():
         raise ValueError("attention backend 'flash' needs the package flash-attn (extra 'flash'); use 'sdpa'")
+
+
+def _has_flash_attention() -> bool:
+    """Whether flash-attn 2 is installed: flash-attn-4 makes a package of the same name without its functions."""
+    return find_spec("flash_attn") is not None and find_spec("flash_attn.flash_attn_interface") is not None
 
 
 def attend(

@@ -53,7 +53,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     asked, words = parser.parse_known_args()
     asked.out.mkdir(parents=True)
-    times = sorted(random.Random(asked.seed).uniform(5.0, 60.0 * asked.minutes) for _ in range(asked.kills))
+    draw = random.Random(asked.seed)
+    times = sorted(draw.uniform(5.0, 60.0 * asked.minutes) for _ in range(asked.kills))
     began = time.monotonic()
     with (asked.out / "alone.log").open("wb") as alone_log, (asked.out / "killed.log").open("wb") as killed_log:
         alone = start(words, asked.out / "alone", alone_log)

@@ -61,6 +61,34 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_run_goes_on_bitwise(clean: Pa
     assert_same(saved(tmp_path), saved(clean))
 
 
+def test_stopped_twice_in_a_row_it_still_ends_bitwise_the_same(clean: Path, tmp_path: Path) -> None:
+    for step in (3, 7):
+        stopped = run(tmp_path, f"sigterm@0:{step}")
+        assert f"stopped at step {step + 1};" in stopped.stdout, stopped.stderr[-3000:]
+    assert run(tmp_path, "none@9:0").returncode == 0
+    assert_same(saved(tmp_path), saved(clean))
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_more_or_fewer_ranks(clean: Path, tmp_path: Path, before: int, after: int) -> None:
+    run(tmp_path, "sigterm@0:4", ranks=before)
+    done = run(tmp_path, "none@9:0", ranks=after)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "at step 5" in done.stdout
+    losses = [
+        [line["train/loss"] for line in map(json.loads, (folder / "shapes/metrics.jsonl").read_text().splitlines())
+         if line["step"] == STEPS and "train/loss" in line]
+        for folder in (tmp_path, clean)
+    ]  # fmt: skip
+    # Steps 11 and 12, after which the order of sums is all that differs.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    states = [
+        json.loads((folder / f"shapes/checkpoints/step-{STEPS:08d}/state.json").read_text())
+        for folder in (tmp_path, clean)
+    ]
+    assert states[0]["position"] == states[1]["position"] == STEPS * 8
+
+
 def test_a_signal_to_one_rank_during_evaluation_stops_all(clean: Path, tmp_path: Path) -> None:
     stopped = run(tmp_path, "sigusr1-drawing@1:0", "--evaluation.every", "6")
     assert f"exitcode  : {EXIT_RESUME}" in stopped.stderr, stopped.stderr[-3000:]
