@@ -33,7 +33,9 @@ def test_result_is_the_formula_and_exactly_symmetric(dtype):
     # One rounding to a half precision; in the others every sum rounds, of 11 products and two more terms.
     ulps = 0.51 if dtype in (torch.float16, torch.bfloat16) else 13
     assert (made.double() - formula).abs().max() <= ulps * torch.finfo(dtype).eps * formula.abs().max()
-    assert torch.equal(sym_gemm(A[1], A[1], C=C[1], alpha=0.5, beta=2, gamma=-3), made[1])
+    # Alone and in a batch, a CPU's library adds in different orders, so the last bit may be rounded the other way.
+    alone = sym_gemm(A[1], A[1], C=C[1], alpha=0.5, beta=2, gamma=-3)
+    assert (alone.double() - made[1].double()).abs().max() <= 2 * ulps * torch.finfo(dtype).eps * formula.abs().max()
 
 
 def test_out_takes_the_result_and_beta_zero_does_not_read_c():
