@@ -10,9 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_AT_ONCE = 16
-"""Tensors whose differences are in memory together."""
-
 
 class EMA:
     """`average ← decay·average + (1-decay)·weight`, every `every` steps.
@@ -49,13 +46,13 @@ class EMA:
         """
         if step % self.every:
             return
-        rate = torch.tensor(1.0 - self.decay) if taken is None else (1.0 - self.decay) * taken.float()
-        for first in range(0, len(self.parameters), _AT_ONCE):
-            averages = [_local(average) for average in self.averages[first : first + _AT_ONCE]]
-            weights = [_local(weight).detach().float() for weight in self.parameters[first : first + _AT_ONCE]]
-            difference = torch._foreach_sub(weights, averages)
-            torch._foreach_mul_(difference, rate.to(averages[0].device, non_blocking=True))
-            torch._foreach_add_(averages, difference)
+        device = _local(self.averages[0]).device
+        rate = torch.full((), 1.0 - self.decay, device=device)
+        if taken is not None:
+            rate = rate * taken.to(device, torch.float32, non_blocking=True)
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            # Not foreach: its lerp takes no rate that is on the device.
+            _local(average).lerp_(_local(parameter).detach().float(), rate)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
