@@ -2,8 +2,9 @@
 
 Before a way is timed, its loss and all its gradients are compared with the plain definition's in float32 (float64 on a
 CPU) on the same pictures, captions, noise, times and kept tokens; then its first update and average with their
-formulas. Teachers have random weights; captions are embeddings made beforehand. The most telling rows come first: those
-whose turn comes when `PRX_BENCH_SECONDS` are spent are skipped.
+formulas. Teachers have random weights; captions are embeddings made beforehand. "By the trainer" is what
+`train/speedrun.py` runs; the others hold float32 weights under autocast. The most telling rows come first: those whose
+turn comes when `PRX_BENCH_SECONDS` are spent are skipped.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ from benchmarks.peers import require
 from benchmarks.roofline import Cost
 from benchmarks.sizes import GPU, Case, cases
 from benchmarks.test_muon import LR, first_update
+from benchmarks.trainer_step import TrainerStep
 from benchmarks.training_step import LADDER, WHOLE, WITHOUT_OPTIMIZER, TrainingStep, Way, draws_of
+from prx_kernels.muon_owners import local
 from train.optimizers import split
 
 CLOCKS = ("wall",)
@@ -56,7 +59,10 @@ def truth(case: Case, routed: bool, teachers: bool) -> tuple[float, dict[str, Te
     return float(loss), {name: gradient.cpu() for name, gradient in exact.gradients().items()}
 
 
-def error_of_gradients(step: TrainingStep) -> float:
+AnyStep = TrainingStep | TrainerStep
+
+
+def error_of_gradients(step: AnyStep) -> float:
     """Relative error of the loss, or of all gradients together; leaves the gradients."""
     expected, gradients = truth(step.case, step.way.routed, step.way.teachers)
     loss = float(step.backward(draws_of(step.case, step.inputs, seed=0)))
@@ -71,7 +77,7 @@ def error_of_gradients(step: TrainingStep) -> float:
     return max(abs(loss - expected) / abs(expected), (wrong / whole) ** 0.5)
 
 
-def error_of_update(step: TrainingStep) -> tuple[float, float]:
+def error_of_update(step: AnyStep) -> tuple[float, float]:
     """Relative error of the first update of one of Muon's matrices (0 without) and of one of AdamW's tensors.
 
     Their gradients are replaced by random ones: real ones of few tokens have singular values that are rounding alone,
@@ -83,23 +89,23 @@ def error_of_update(step: TrainingStep) -> tuple[float, float]:
     muon, adam = split(step.named, step.recipe)
     chosen = [(named[0][1], first) for named, first in ((muon, first_update), (adam, adamw_update)) if named]
     for weight, _ in chosen:
-        weight.grad = torch.randn_like(weight)
-    norm = torch.stack([p.grad.double().square().sum() for p in step.parameters if p.grad is not None]).sum().sqrt()
+        local(weight.grad).normal_()
+    squares = [local(p.grad).double().square().sum() for p in step.parameters if p.grad is not None]
+    norm = torch.stack(squares).sum().sqrt()
     factor = min(1.0, step.recipe.train.clip / (float(norm) + 1e-6))
     before = []
     for weight, formula in chosen:
-        assert weight.grad is not None
-        before.append((weight, weight.detach().clone(), weight.grad * factor, formula))
+        before.append((local(weight), local(weight).detach().clone(), local(weight.grad) * factor, formula))
     # At first an average is the weights, and one that never moves could not be told from one that does.
-    average = step.averages[0].normal_().clone() if step.averages else None
+    average = local(step.averages[0]).normal_().clone() if step.averages else None
     step.update()
     errors = []
-    for weight, old, gradient, formula in before:
+    for part, old, gradient, formula in before:
         truth = formula(old, gradient)
-        errors.append(float((weight.detach().double() - truth).norm() / (truth - old.double()).norm()))
+        errors.append(float((part.detach().double() - truth).norm() / (truth - old.double()).norm()))
     if average is not None:
-        decay, now = step.recipe.ema.decay, step.named[0][1].detach()
-        assert torch.allclose(step.averages[0], decay * average + (1 - decay) * now, rtol=1e-5, atol=1e-7)
+        decay, now = step.recipe.ema.decay, local(step.named[0][1]).detach()
+        assert torch.allclose(local(step.averages[0]), decay * average + (1 - decay) * now, rtol=1e-5, atol=1e-7)
     return (errors[0] if muon else 0.0), errors[-1]
 
 
@@ -109,7 +115,7 @@ def adamw_update(weight: Tensor, gradient: Tensor) -> Tensor:
     return weight.double() - LR * g / (g.abs() + 1e-8)
 
 
-def check(step: TrainingStep) -> float:
+def check(step: AnyStep) -> float:
     """Error of loss and gradients, once the first update has been found right.
 
     Muon: 2 % for fp16 with its restart, 10 % for bf16 through five steps (as test_muon.py); AdamW's is known to 1 %
@@ -134,7 +140,7 @@ def test_step(measure: Measure, op: str, case: Case, way: Way) -> None:
     reason = denoisers.missing(way.denoiser)
     if reason:
         pytest.skip(reason)
-    step = TrainingStep(way, case)
+    step: AnyStep = TrainerStep(way, case) if way.trainer else TrainingStep(way, case)
     # Averages move in every tenth step only: time whole turns of them.
     repeat = step.recipe.ema.every if way.ema and GPU else 1
     parts = case.step().parts()
@@ -143,25 +149,29 @@ def test_step(measure: Measure, op: str, case: Case, way: Way) -> None:
         flop += parts["LPIPS"] + parts["P-DINO"] + parts["REPA teacher"]
     if way.optimizer == "muon":
         flop += parts["Newton-Schulz, one GPU"]
-    measure(
-        op=op,
-        case=str(case),
-        which="step",
-        way=way.name,
-        function=steps(step, repeat),
-        inputs=lambda seed: (),
-        verify=lambda run, arguments: check(step),
-        cost=Cost(0.0, flop),
-        tolerance=5e-2 if GPU else 1e-4,  # 16 blocks of bf16 products, each rounding to 2^-8, as in test_model.py
-        ours=way.ours and op != BUILT_UP,
-        graph=False,
-        repeat=repeat,
-        images=case.batch,
-        denoiser_flop=denoiser_flop,
-    )
+    try:
+        measure(
+            op=op,
+            case=str(case),
+            which="step",
+            way=way.name,
+            function=steps(step, repeat),
+            inputs=lambda seed: (),
+            verify=lambda run, arguments: check(step),
+            cost=Cost(0.0, flop),
+            tolerance=5e-2 if GPU else 1e-4,  # 16 blocks of bf16 products, each rounding to 2^-8, as in test_model.py
+            ours=way.ours and not way.trainer and op != BUILT_UP,
+            graph=False,
+            repeat=repeat,
+            images=case.batch,
+            denoiser_flop=denoiser_flop,
+        )
+    finally:
+        if isinstance(step, TrainerStep):
+            step.close()
 
 
-def steps(step: TrainingStep, count: int) -> Callable[[], Any]:
+def steps(step: AnyStep, count: int) -> Callable[[], Any]:
     """`count` steps in one call."""
 
     def run() -> None:

@@ -45,6 +45,8 @@ class Way:
     """adamw on all weights, or Muon for the matrices in blocks; the plain one goes matrix by matrix. none only drops
     the gradients."""
     ema: bool = False
+    trainer: bool = False
+    """By `trainer_step.TrainerStep`."""
 
     @property
     def ours(self) -> bool:
@@ -72,6 +74,7 @@ _ALL = Way("", compiled=True, routed=True, teachers=True, optimizer="muon", ema=
 WHOLE = (
     replace(LADDER[-1], name="ours"),
     replace(_ALL, name="PRX way, compiled"),
+    replace(LADDER[-1], name="ours, by the trainer", trainer=True),
     replace(_ALL, name="PRX way, eager", compiled=False),
     replace(_ALL, name="diffusers in its place, compiled", denoiser="diffusers"),
     replace(_ALL, name="PRX repository in its place, compiled", denoiser="PRX repository"),

@@ -74,6 +74,11 @@ class Learner:
 
     def step(self, batch: Batch, number: int) -> StepResult:
         """Step `number` (0-based) of the stage, with this rank's samples; skipped where the gradient is not finite."""
+        parts, losses, bins = self.backward(batch, number)
+        return StepResult(parts, self.update(number), losses, bins)
+
+    def backward(self, batch: Batch, number: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The first half of a step: leaves gradients in the parameters; gives a result's `parts`, `losses`, `bins`."""
         count = self.recipe.parallel.micro_batches
         results = []
         for i, part in enumerate(micro_batches(batch, count)):
@@ -83,6 +88,12 @@ class Learner:
             with self.stopwatch.span("backward"):
                 (loss / count).backward()
             results.append(({"loss": loss.detach(), **parts}, losses, bins))
+        means = {name: torch.stack([parts[name] for parts, _, _ in results]).mean() for name in results[0][0]}
+        losses = torch.cat([each for _, each, _ in results])
+        return means, losses, torch.stack([bins for _, _, bins in results]).sum(dim=0)
+
+    def update(self, number: int) -> Tensor:
+        """The second half: clip, update and drop the gradients, average the weights; gives the norm before."""
         with self.stopwatch.span("optimizer"):
             norm = clip_gradients([p for _, p in self.parameters], self.recipe.train.clip, self.world)
             self.optimizers.step(learning_rate_factor(number, self.recipe.train))
@@ -91,9 +102,7 @@ class Learner:
         self.skipped[1] *= ~taken
         with self.stopwatch.span("ema"):
             self.ema.update(number, taken)
-        means = {name: torch.stack([parts[name] for parts, _, _ in results]).mean() for name in results[0][0]}
-        losses = torch.cat([each for _, each, _ in results])
-        return StepResult(means, norm, losses, torch.stack([bins for _, _, bins in results]).sum(dim=0))
+        return norm
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -9,8 +9,10 @@ from benchmarks import denoisers, test_step
 from benchmarks.plain_prx import HookRouting, PlainEMA, PlainPRX, velocity_loss
 from benchmarks.profile_step import lines
 from benchmarks.sizes import Case, routing, text_lengths
+from benchmarks.trainer_step import TrainerStep
 from benchmarks.training_step import LADDER, WHOLE, TrainingStep, Way, make_inputs
 from prx_kernels import reference
+from prx_kernels.muon_owners import local
 
 CASE = Case(64, 2, text=8)
 NO_TEACHERS = Way("ours, without teachers", "ours", routed=True, packed=True, optimizer="muon", ema=True)
@@ -23,7 +25,7 @@ def test_rungs_of_the_ladder_differ_by_one_ingredient_and_end_with_the_whole_ste
         assert changed[0] == "name"
     assert replace(LADDER[-1], name="ours") == WHOLE[0]
     assert Way("ours", "ours", True, True, True, True, "muon", True) == WHOLE[0]
-    assert {replace(way, name="", denoiser="plain", compiled=True) for way in WHOLE[1:]} == {
+    assert {replace(way, name="", denoiser="plain", compiled=True, packed=False, trainer=False) for way in WHOLE} == {
         Way("", compiled=True, routed=True, teachers=True, optimizer="muon", ema=True)
     }
 
@@ -105,6 +107,22 @@ def test_our_step_has_the_truth_s_gradients_and_updates_and_a_wrong_route_has_no
     wrong = TrainingStep(NO_TEACHERS, CASE)
     wrong.recipe = replace(wrong.recipe, routing=replace(wrong.recipe.routing, end=0, start=0))
     assert test_step.error_of_gradients(wrong) > 1e-2
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 5e-2)])
+def test_the_trainer_s_step_has_the_truth_s_gradients_and_updates(precision: str, tolerance: float) -> None:
+    step = TrainerStep(next(way for way in WHOLE if way.trainer), CASE, precision=precision)
+    try:
+        assert test_step.check(step) < tolerance
+        before = [average.clone() for average in step.averages]
+        assert float(step()) > 0
+        assert all(torch.equal(local(a), local(b)) for a, b in zip(before, step.averages, strict=True)), "not its turn"
+        step.learner.optimizers.step = lambda factor: step.learner.optimizers.optimizer.zero_grad()
+        step.count = step.recipe.ema.every
+        with pytest.raises(AssertionError, match="update is off"):
+            test_step.check(step)
+    finally:
+        step.close()
 
 
 def test_a_way_that_forgets_to_average_or_scales_its_update_is_refused() -> None:
