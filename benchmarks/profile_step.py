@@ -21,7 +21,8 @@ from benchmarks import machine
 from benchmarks.clock import wall_timing
 from benchmarks.measure import CPU_NOTE
 from benchmarks.sizes import GPU, Case, cases
-from benchmarks.training_step import LADDER, WHOLE, TrainingStep, Way
+from benchmarks.trainer_step import AnyStep, TrainerStep, make_step
+from benchmarks.training_step import LADDER, WHOLE, Way
 
 # In this order: attention kernels have "cutlass" in their names too.
 _KINDS = (
@@ -68,7 +69,7 @@ def summarise(events: Any, on_gpu: bool, steps: int) -> dict[str, Any]:
     return {"kernels": kernels, "kinds_us": dict(by_kind), "busy_us": sum(by_kind.values())}
 
 
-def measure(step: TrainingStep, steps: int) -> dict[str, Any]:
+def measure(step: AnyStep, steps: int) -> dict[str, Any]:
     """Run, time and profile the step: milliseconds a step, and where they go by kernel and by kind.
 
     "gap_ms" is what of a step's median time no kernel runs in; None on a CPU.
@@ -122,7 +123,10 @@ def main() -> None:
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     case = chosen(asked.size)
-    result = measure(TrainingStep(EVERY_WAY[asked.way], case), asked.steps)
+    step = make_step(EVERY_WAY[asked.way], case)
+    result = measure(step, asked.steps)
+    if isinstance(step, TrainerStep):
+        step.close()
     sizes = {name: value for name, value in asdict(case).items() if name != "config"}
     result |= {"way": asked.way, "case": str(case), "sizes": sizes, "machine": machine.describe()}
     (asked.out / f"profile-{asked.size}.json").write_text(json.dumps(result, indent=1))

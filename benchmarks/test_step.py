@@ -21,7 +21,7 @@ from benchmarks.peers import require
 from benchmarks.roofline import Cost
 from benchmarks.sizes import GPU, Case, cases
 from benchmarks.test_muon import LR, first_update
-from benchmarks.trainer_step import TrainerStep
+from benchmarks.trainer_step import AnyStep, TrainerStep, make_step
 from benchmarks.training_step import LADDER, WHOLE, WITHOUT_OPTIMIZER, TrainingStep, Way, draws_of
 from prx_kernels.muon_owners import local
 from train.optimizers import split
@@ -57,9 +57,6 @@ def truth(case: Case, routed: bool, teachers: bool) -> tuple[float, dict[str, Te
     exact = TrainingStep(Way("truth", routed=routed, teachers=teachers), case, exact=True)
     loss = exact.backward(draws_of(case, exact.inputs, seed=0))
     return float(loss), {name: gradient.cpu() for name, gradient in exact.gradients().items()}
-
-
-AnyStep = TrainingStep | TrainerStep
 
 
 def error_of_gradients(step: AnyStep) -> float:
@@ -140,7 +137,7 @@ def test_step(measure: Measure, op: str, case: Case, way: Way) -> None:
     reason = denoisers.missing(way.denoiser)
     if reason:
         pytest.skip(reason)
-    step: AnyStep = TrainerStep(way, case) if way.trainer else TrainingStep(way, case)
+    step = make_step(way, case)
     # Averages move in every tenth step only: time whole turns of them.
     repeat = step.recipe.ema.every if way.ema and GPU else 1
     parts = case.step().parts()

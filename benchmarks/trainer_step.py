@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import denoisers
 from benchmarks.sizes import Case
-from benchmarks.training_step import Draws, Way, make_inputs, recipe_of
+from benchmarks.training_step import Draws, TrainingStep, Way, make_inputs, recipe_of
 from prx_kernels.muon_owners import local
 from train import parallel
 from train import step as train_step
@@ -79,6 +79,14 @@ class TrainerStep:
         """Leave the process group and remove the cache."""
         parallel.finish()
         self._folder.cleanup()
+
+
+AnyStep = TrainingStep | TrainerStep
+
+
+def make_step(way: Way, case: Case) -> AnyStep:
+    """A way's step, by whom the way says; close it where it is the trainer's."""
+    return TrainerStep(way, case) if way.trainer else TrainingStep(way, case)
 
 
 def _recipe(way: Way, case: Case, cache: Path, precision: str) -> Recipe:
