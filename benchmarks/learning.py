@@ -1,6 +1,9 @@
-"""Loss at equal steps of AdamW, torch.optim.Muon and `prx_kernels.Muon`, several seeds each: who learns faster.
+"""Who learns faster: AdamW, torch.optim.Muon and `prx_kernels.Muon`, dense and routed, several seeds each.
 
-python -m benchmarks.learning shapes --steps 1000 --seeds 0 1 2 --out OUT    # writes learning.json, .md and .png there
+python -m benchmarks.learning shapes --steps 1000 --target 0.3 --seeds 0 1 2 --out OUT
+
+Writes there learning.json; learning.md, with the losses at equal steps and what each needs to the target; learning.png,
+the curves with their spread; samples.png, what each draws in the end, of the first seed.
 """
 
 from __future__ import annotations
@@ -17,16 +20,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from train import loop, parallel
+from train import ablate, loop, parallel
 from train import step as training_step
-from train.ablate import HELD_OUT, Point, read
+from train.ablate import HELD_OUT, Point, Reached, reach, read
 from train.commandline import parse
 from train.errors import UserError, exit_with_sentence
 from train.optimizers import Named, Optimizers, split
 from train.recipes import Recipe
-from train.run_folder import run_folder
+from train.run_folder import SAMPLES, run_folder
 from train.stages import finished
 
 
@@ -67,8 +71,10 @@ class TorchOptimizers(Optimizers):
 
 VARIANTS: dict[str, tuple[list[str], type[Optimizers]]] = {
     "AdamW": (["--no-muon"], Optimizers),
+    "AdamW, routed": (["--no-muon", "--routing.enabled"], Optimizers),
     "torch.optim.Muon": ([], TorchOptimizers),
     "prx_kernels.Muon": ([], Optimizers),
+    "prx_kernels.Muon, routed": (["--routing.enabled"], Optimizers),
 }
 """By name: words of the command, and what updates the weights."""
 
@@ -142,22 +148,49 @@ def figure(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     pyplot.close(drawn)
 
 
+def samples(drawn: dict[str, Path], path: Path) -> None:
+    """The grids of all variants, as the runs have drawn them, side by side under their names."""
+    grids = [Image.open(grid).convert("RGB") for grid in drawn.values()]
+    line, gap, font = 20, 8, ImageFont.load_default(13)
+    width = sum(grid.width + gap for grid in grids)
+    whole = Image.new("RGB", (width, line + max(grid.height for grid in grids)), "white")
+    pen, left = ImageDraw.Draw(whole), 0
+    for name, grid in zip(drawn, grids, strict=True):
+        pen.text((left + 4, 2), name, fill="black", font=font)
+        whole.paste(grid, (left, line))
+        left += grid.width + gap
+    whole.save(path, optimize=True)
+
+
+def to_target(curves: dict[str, dict[int, list[Point]]], target: float) -> list[ablate.Row]:
+    """Steps and seconds of every variant to the first measured loss at or below the target."""
+    return ablate.summarise(
+        [
+            Reached(name, seed, *reach(points, target), points[-1].loss)
+            for name, by_seed in curves.items()
+            for seed, points in by_seed.items()
+        ]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.learning",
-        description="Trains a preset by each optimizer and compares held-out losses at equal steps.",
+        description="Trains a preset by each optimizer, dense and routed, and compares their held-out losses.",
         epilog="Words behind -- go to every run. Finished runs are not repeated.",
     )
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser.add_argument("preset", nargs="?", default="shapes")
     parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--target", type=float, required=True, help="held-out loss to reach")
     parser.add_argument("--every", type=int, default=100, help="steps between measurements (100)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variant", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of what is found")
     asked, common = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
     curves: dict[str, dict[int, list[Point]]] = {}
+    drawn: dict[str, Path] = {}
     for seed in asked.seeds:
         for name in asked.variant:
             extra, kind = VARIANTS[name]
@@ -165,16 +198,20 @@ def main() -> int:
             words += [*extra, "--train.seed", str(seed), "--output.folder", str(asked.out)]
             recipe, points = train([*words, "--output.name", f"{name}/seed-{seed}"], kind)
             curves.setdefault(name, {})[seed] = points
-    rows = summarise(curves)
+            if seed == asked.seeds[0]:
+                drawn[name] = run_folder(recipe) / SAMPLES / f"step-{asked.steps:08d}.png"
+    rows, reached = summarise(curves), to_target(curves, asked.target)
     shown = [row["step"] for row in rows if row["variant"] == asked.variant[0]]
     shown = shown[len(shown) // 4 - 1 :: len(shown) // 4] if len(shown) >= 4 else shown
-    printed = table(rows, shown)
+    printed = f"{table(rows, shown)}\n\n{ablate.table(reached, HELD_OUT, asked.target)}"
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     machine |= {"device": recipe.train.device, "torch": torch.__version__}
     found = {"preset": asked.preset, "words": common, "steps": asked.steps, "machine": machine, "rows": rows}
+    found |= {"target": asked.target, "to_target": [ablate.plain(row) for row in reached]}
     (asked.out / "learning.json").write_text(json.dumps(found, indent=1) + "\n")
     (asked.out / "learning.md").write_text(printed + "\n")
     figure(rows, f"{asked.preset}, {len(asked.seeds)} seeds", asked.out / "learning.png")
+    samples(drawn, asked.out / "samples.png")
     print(f"\n{printed}")
     return 0
 

@@ -256,15 +256,15 @@ def main() -> int:
     printed = table(rows, asked.metric, asked.target)
     settings = {"preset": asked.preset, "words": common, "metric": asked.metric, "target": asked.target}
     settings |= {"window": asked.window, "variants": [asdict(one) for one in variants]}
-    plain = [{**asdict(run), "last": _number(run.last)} for run in runs]
-    found = {**settings, "runs": plain, "rows": [_plain(row) for row in rows]}
+    each = [{**asdict(run), "last": _number(run.last)} for run in runs]
+    found = {**settings, "runs": each, "rows": [plain(row) for row in rows]}
     (asked.out / "ablation.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
     (asked.out / "ablation.md").write_text(printed + "\n")
     print(f"\n{printed}")
     return 0
 
 
-def _plain(row: Row) -> dict[str, Any]:
+def plain(row: Row) -> dict[str, Any]:
     """A row as JSON can say it: null where there is no value."""
     pairs = {"steps": row.steps, "seconds": row.seconds, "last": row.last}
     named = {name: pair and {"mean": _number(pair[0]), "deviation": _number(pair[1])} for name, pair in pairs.items()}

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 
-from benchmarks.learning import TorchOptimizers, summarise, table
+from benchmarks.learning import TorchOptimizers, summarise, table, to_target
 from tests.train.commands import ROOT, TINY
 from train.ablate import Point
 from train.optimizers import Optimizers
@@ -46,12 +47,39 @@ def test_ours_and_torchs_optimizers_make_the_same_first_step() -> None:
 
 def test_a_comparison_leaves_table_figure_and_numbers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.learning", "shapes", "--steps", "4", "--every", "2", "--seeds", "0"]
-    command += ["--variant", "torch.optim.Muon", "prx_kernels.Muon", "--out", str(tmp_path), "--", *TINY[:-6]]
+    command += [
+        "--target",
+        "1e9",
+        "--variant",
+        "torch.optim.Muon",
+        "prx_kernels.Muon, routed",
+        "--out",
+        str(tmp_path),
+        "--",
+        *TINY[:-6],
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "learning.json").read_text())
     assert {(row["variant"], row["step"]) for row in found["rows"]} == {
-        (name, step) for name in ("torch.optim.Muon", "prx_kernels.Muon") for step in (2, 4)
+        (name, step) for name in ("torch.optim.Muon", "prx_kernels.Muon, routed") for step in (2, 4)
     }
     assert (tmp_path / "learning.md").read_text().strip() in done.stdout
+    assert [(row["reached"], row["steps"]["mean"]) for row in found["to_target"]] == [(1, 2.0), (1, 2.0)]
+    for routed, name in ((False, "torch.optim.Muon"), (True, "prx_kernels.Muon, routed")):
+        config = json.loads((tmp_path / name / "seed-0" / "config.json").read_text())
+        assert config["routing"]["enabled"] is routed
     assert (tmp_path / "learning.png").stat().st_size > 1000
+    with Image.open(tmp_path / "samples.png") as both:
+        grids = [
+            Image.open(tmp_path / row["variant"] / "seed-0/samples/step-00000004.png") for row in found["to_target"]
+        ]
+        assert both.width >= sum(grid.width for grid in grids)
+
+
+def test_a_target_is_reached_at_the_first_measurement_below_it_or_never() -> None:
+    curves = {"a": {0: [Point(10, 1.0, 2.0), Point(20, 2.0, 1.0)], 1: [Point(10, 1.0, 4.0)]}}
+    (row,) = to_target(curves, 1.5)
+    assert (row.runs, row.reached, row.steps[0], row.seconds[0]) == (2, 1, 20.0, 2.0)
+    (row,) = to_target(curves, 0.5)
+    assert (row.reached, row.steps) == (0, None)
