@@ -18,6 +18,8 @@ BEAT_SECONDS = 5.0
 """Between two signs of life."""
 PATIENCE = 4
 """Missed beats after which a job elsewhere counts as dead."""
+GRACE_SECONDS = 1.0
+"""For which a lock of this machine may outlive its job: a killed process lets go of it only while it is torn down."""
 
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -63,13 +65,18 @@ class RunLock:
 
     def _flock(self) -> bool:
         """Open and lock the file; whether this filesystem has locks at all."""
+        until = time.monotonic() + GRACE_SECONDS
         while True:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
             _open_files.add(self._file)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(self._refusal()) from None
+                if time.monotonic() > until:
+                    raise UserError(self._refusal()) from None
+                self._close_file()
+                time.sleep(GRACE_SECONDS / 20)
+                continue
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise UserError(f"{self.path} cannot be locked: {error.strerror}") from None
