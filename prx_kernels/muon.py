@@ -18,7 +18,8 @@ from .muon_distributed import Exchange
 from .muon_owners import Block, Layout, layout_of, local
 from .muon_plan import Member, Plan
 from .newton_schulz import newton_schulz
-from .polar_polynomials import Coefficients, newton_schulz_flop, polynomials, safe_restarts
+from .polar_polynomials import COEFFICIENTS, Coefficients, newton_schulz_flop, polynomials, safe_restarts
+from .symmetric_product import DTYPES
 
 ADJUST_LR = (None, "original", "match_rms_adamw", "spectral_unclamped")
 
@@ -94,6 +95,10 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(f"wire_dtype must be bfloat16 or float32 (gradients underflow others), got {wire_dtype}")
         if ns_algorithm not in ("auto", "gram", "standard"):
             raise ValueError(f"ns_algorithm must be 'auto', 'gram' or 'standard', got {ns_algorithm!r}")
+        if momentum_dtype is not None and not momentum_dtype.is_floating_point:
+            raise ValueError(f"momentum_dtype must be floating, got {momentum_dtype}")
+        if ns_dtype not in DTYPES:
+            raise ValueError(f"ns_dtype must be float16, bfloat16, float32 or float64, got {ns_dtype}")
         self._settings = _Settings(
             distributed_mesh, dict(split_sizes or {}), ns_algorithm, ns_dtype, momentum_dtype, wire_dtype
         )
@@ -114,8 +119,8 @@ class Muon(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self._check_split_names()
-        first = next(local(p) for group in self.param_groups for p in group["params"])
-        self.nonfinite = torch.zeros((), dtype=torch.int64, device=first.device)
+        devices = [local(p).device for group in self.param_groups for p in group["params"]]
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=devices[0] if devices else None)
         self._plans = self._plan()
 
     # --- parameters and state ------------------------------------------------------------------------------------
@@ -126,9 +131,16 @@ class Muon(torch.optim.Optimizer):
             param_group.setdefault("eps", 1e-8)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_group(group)
-        for i, param in enumerate(group["params"]):
-            self._check_param(group, param, _label(group, i, len(self.param_groups) - 1))
+        try:
+            check_group(group)
+            for i, param in enumerate(group["params"]):
+                self._check_param(group, param, _label(group, i, len(self.param_groups) - 1))
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        if group["ns_coefficients"] == "jordan":  # as torch.optim.Muon knows them, which may load this state
+            (group["ns_coefficients"],) = COEFFICIENTS["jordan"]
+        for param in group["params"]:
             self._fill_state(group, param)
         _place_lr(group)
         self._plans = None
@@ -213,6 +225,7 @@ class Muon(torch.optim.Optimizer):
 
     # --- the step ------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # a compiled training step breaks here, and goes on
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have gradients; on every rank of their meshes. Gives what `closure` gives."""
@@ -253,9 +266,10 @@ class Muon(torch.optim.Optimizer):
         groups = [group for group in self.param_groups if not group["use_muon"]]
         params = [param for group in groups for param in group["params"]]
         if params:
-            found = adamw_groups.any_nonfinite(params)
+            gradients = adamw_groups.gradients(params)
+            found = adamw_groups.any_nonfinite(params, gradients)
             for group in groups:
-                adamw_groups.step(group, self.state, found)
+                adamw_groups.step(group, self.state, gradients, found)
             self.nonfinite += found.to(self.nonfinite.device, torch.int64, non_blocking=True)
 
     def _plan(self) -> list[Plan]:
@@ -319,6 +333,9 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
     if group["adjust_lr_fn"] not in ADJUST_LR:
         raise ValueError(f"adjust_lr_fn must be one of {', '.join(map(str, ADJUST_LR))}, got {group['adjust_lr_fn']!r}")
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"{name} is not supported, got {group[name]!r}")
     polynomials(group["ns_coefficients"], group["ns_steps"])
 
 

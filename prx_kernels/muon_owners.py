@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # --- public ------------------------------------------------------------------------------------------------------
@@ -78,6 +79,20 @@ def local(x: Any) -> Tensor:
     """This rank's part of a DTensor; any other tensor itself."""
     part: Tensor = x.to_local() if is_dtensor(x) else x
     return part
+
+
+def gradient(param: Any) -> Tensor:
+    """This rank's part of a parameter's gradient, placed as the parameter: where it is not, all ranks must ask for it.
+
+    Raises:
+        TypeError: it is sparse.
+    """
+    grad = param.grad
+    if grad.layout != torch.strided:
+        raise TypeError(f"Muon needs dense gradients, got one of layout {grad.layout} and shape {tuple(grad.shape)}")
+    if is_dtensor(param) and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)
+    return local(grad)
 
 
 def layout_of(param: Any, mesh: Any, label: str) -> Layout:

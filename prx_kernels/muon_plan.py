@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .muon_distributed import Exchange
-from .muon_owners import is_dtensor, local
+from .muon_owners import gradient, local
 from .muon_passes import apply_update, momentum_update
 
 Group = dict[str, Any]
@@ -72,14 +72,18 @@ class Plan:
         """Move the momentum of this rank's rows, and send what is to be orthogonalised to its owner."""
         outs = self.exchange.open(bucket)
         work: dict[tuple[int, bool], tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
-        for block in self.exchange.buckets[bucket].blocks:
+        blocks = self.exchange.buckets[bucket].blocks
+        params = {id(param): param for param in (self.members[block].param for block in blocks)}
+        # Of all of them, also where this rank has no row: ranks may have to send gradients to one another.
+        gradients = {key: gradient(param) for key, param in params.items() if param.grad is not None}
+        for block in blocks:
             member, rows = self.members[block], self._rows(block)
             if member.param.grad is None or rows.start == rows.stop:
                 if block in outs:
                     outs[block].zero_()
                 continue
             grads, buffers, targets = work.setdefault((member.group, block in outs), ([], [], []))
-            grads.append(_gradient(member.param)[rows])
+            grads.append(gradients[id(member.param)][rows])
             buffers.append(local(states[member.param]["momentum_buffer"])[rows])
             if block in outs:
                 targets.append(outs[block].view(grads[-1].shape))
@@ -139,13 +143,3 @@ def learning_rate(lr: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
         return lr.to(device, non_blocking=True)
     return torch.full((), float(lr), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
-
-
-def _gradient(param: Any) -> Tensor:
-    """This rank's rows of the gradient."""
-    grad = param.grad
-    if grad.layout != torch.strided:
-        raise TypeError(f"Muon needs dense gradients, got one of layout {grad.layout} and shape {tuple(grad.shape)}")
-    if is_dtensor(param) and grad.placements != param.placements:
-        grad = grad.redistribute(placements=param.placements)
-    return local(grad)

@@ -176,7 +176,7 @@ def cleared(grad: Tensor, keep: Tensor) -> Tensor:
 
     The compiler sees who else reads it: it drops the clone where nobody does, and only the K rows are written.
     """
-    if not torch.compiler.is_compiling():
+    if not _traced():
         cleared: Tensor = _clear(grad, keep)
         return cleared
     grad = grad.clone(memory_format=torch.contiguous_format)
@@ -186,12 +186,18 @@ def cleared(grad: Tensor, keep: Tensor) -> Tensor:
 
 def added(grad: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
     """grad + rows at `keep`; copied or updated as in `cleared`."""
-    if not torch.compiler.is_compiling():
+    if not _traced():
         added: Tensor = _add(grad, rows, keep)
         return added
     grad = grad.clone(memory_format=torch.contiguous_format)
     _add_(grad, rows, keep)
     return grad
+
+
+def _traced() -> bool:
+    """Whether a compiler records this backward. torch 2.11 does not call it compiling where an op's backward is."""
+    proxy = torch._C._TorchDispatchModeKey.PROXY
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(proxy) is not None
 
 
 # --- ops ---------------------------------------------------------------------------------------------------------

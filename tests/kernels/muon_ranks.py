@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import prx_kernels.muon as muon
 from prx_kernels import Muon
@@ -198,17 +198,24 @@ def parts_of_a_parameter(ranks: int, folder: Path) -> None:
 
 
 def gradients_that_lie_otherwise(ranks: int, folder: Path) -> None:
-    """Whole gradients of sharded parameters, and a parameter without an entry."""
-    shapes = ((66, 32), (0, 4), (1, 8))
-    plain, model = Weights(shapes), sharded(one_dimension(ranks), shapes)
-    optimizers = [Muon(x.groups(), lr=1e-2, wire_dtype=torch.float32) for x in (plain, model)]
-    for x in (plain, model):
-        x.fill_gradients(0)
-    for p in model.matrices:
-        p.grad = p.grad.redistribute(placements=[Replicate()])
-    for optimizer in optimizers:
-        optimizer.step()
-    assert_same_weights(model, plain)
+    """Whole gradients, and sums still to be made, of sharded parameters; ranks without a row take part."""
+    shapes = ((66, 32), (0, 4), (1, 8), (3, 40))
+    mesh = one_dimension(ranks)
+    for placement in (Replicate(), Partial()):
+        plain, model = Weights(shapes), sharded(mesh, shapes)
+        optimizers = [Muon(x.groups(), lr=1e-2, wire_dtype=torch.float32) for x in (plain, model)]
+        for step in range(2):
+            for x in (plain, model):
+                x.fill_gradients(step)
+            for p in model.parameters():
+                whole_gradient = p.grad.full_tensor()
+                part = whole_gradient if placement.is_replicate() else whole_gradient * ((dist.get_rank() + 1) / 10)
+                assert placement.is_replicate() or ranks == 4, "1 + 2 + 3 + 4 tenths are the whole"
+                p.grad = DTensor.from_local(part, mesh, [placement])
+            for optimizer in optimizers:
+                optimizer.step()
+        assert_same_weights(model, plain)
+        assert_same_on_all(whole(model.bias))
 
 
 def a_parameter_without_gradient(ranks: int, folder: Path) -> None:

@@ -36,7 +36,11 @@ def test_twenty_steps_follow_torch_optim_muon(adjust_lr_fn, nesterov):
     """torch orthogonalises in bfloat16: at a learning rate of 1e-3 that alone moves a weight by 1e-4 of its size."""
     settings = {"lr": 1e-3, "weight_decay": 0.1, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
     expected, exact, default = parameters(), parameters(), parameters()
-    run(torch.optim.Muon(expected, **settings), expected, 20)
+    try:
+        theirs = torch.optim.Muon(expected, **settings)
+    except ValueError as problem:
+        pytest.skip(f"torch {torch.__version__}: {problem}")
+    run(theirs, expected, 20)
     run(Muon(exact, **settings, **EXACT), exact, 20)
     run(Muon(default, **settings), default, 20)
     assert error(exact, expected) <= 1e-3

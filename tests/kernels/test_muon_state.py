@@ -18,6 +18,36 @@ from prx_kernels.muon_owners import Block, shard_rows
 
 from .muon_training import SHAPES, error, fill_gradients, parameters, run
 
+# --- AdamW's memory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_adamw_updates_what_lies_otherwise_in_memory_as_torch_does(late):
+    """Weights, gradients and state in different orders: torch's fused kernel alone would mix up their entries."""
+    storage = torch.arange(48.0).reshape(6, 8)
+    layouts = [
+        lambda: torch.arange(24.0).reshape(4, 6).T,
+        lambda: storage.clone()[:, ::2],
+        lambda: torch.arange(48.0).reshape(2, 3, 2, 4).to(memory_format=torch.channels_last),
+        lambda: torch.arange(6.0).reshape(1, 6),
+    ]
+    ours, theirs = ([nn.Parameter(make() / 10) for make in layouts] for _ in range(2))
+    optimizer = Muon([{"params": ours, "use_muon": False}], lr=0.1)
+    expected = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.1, foreach=False)
+    for step in range(4):
+        if late and step == 2:  # as model.to(memory_format=...) does behind the optimizer's back
+            for p in (*ours, *theirs):
+                p.data = p.data.transpose(0, 1).contiguous().transpose(0, 1)
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            torch.manual_seed(10 * step + i)
+            grad = torch.randn(p.shape)
+            p.grad, q.grad = grad if step else grad[:1].expand(p.shape), (grad if step else grad[:1].expand(p.shape))
+        optimizer.step()
+        expected.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
 # --- state ------------------------------------------------------------------------------------------------------------
 
 
@@ -251,3 +281,59 @@ def test_rows_of_a_shard_are_those_of_dtensor():
         for row in range(height):
             block = Block(height, row, min(3, height - row), 5, 1.0)
             assert sum(block.elements_of(shard, shards) for shard in range(shards)) == 5 * block.rows
+
+
+def test_a_group_that_is_refused_leaves_the_optimizer_as_it_was():
+    weight, bias = parameters([(4, 6), (5,)])
+    optimizer = Muon([weight])
+    with pytest.raises(ValueError, match="orthogonalises matrices"):
+        optimizer.add_param_group({"params": [bias]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [bias], "use_muon": False})
+    optimizer.load_state_dict(optimizer.state_dict())
+    run(optimizer, [weight, bias], 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"momentum_dtype": torch.int32}, "momentum_dtype must be floating, got torch.int32"),
+        ({"ns_dtype": torch.int8}, "ns_dtype must be float16, bfloat16, float32 or float64, got torch.int8"),
+    ],
+)
+def test_dtypes_that_cannot_hold_updates_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Muon(parameters([(4, 6)]), **settings)
+
+
+def test_torchs_settings_that_we_lack_are_refused():
+    with pytest.raises(ValueError, match="amsgrad is not supported"):
+        Muon([{"params": parameters([(5,)]), "use_muon": False, "amsgrad": True}])
+
+
+def test_a_group_without_parameters_is_one():
+    assert len(Muon([{"params": []}]).param_groups) == 1
+
+
+def test_torch_optim_muon_loads_our_state():
+    ours, theirs = parameters(), parameters()
+    before = Muon(ours, lr=1e-3)
+    run(before, ours, 3)
+    after = torch.optim.Muon(theirs, lr=1e-3)
+    for p, q in zip(ours, theirs, strict=True):
+        q.data.copy_(p.data)
+    state = before.state_dict()
+    after.load_state_dict(state)
+    run(before, ours, 2, first=3)
+    run(after, theirs, 2, first=3)
+    assert error(ours, theirs) <= 2e-3
+
+
+def test_a_compiled_training_step_goes_round_the_optimizer():
+    torch._dynamo.reset()
+    compiled, plain = parameters([(4, 6), (5,)]), parameters([(4, 6), (5,)])
+    make = [Muon([{"params": x[:1]}, {"params": x[1:], "use_muon": False}]) for x in (compiled, plain)]
+    for optimizer, x in zip(make, (compiled, plain), strict=True):
+        fill_gradients(x, 0)
+        (torch.compile(optimizer.step, backend="aot_eager") if x is compiled else optimizer.step)()
+    assert all(torch.equal(p, q) for p, q in zip(compiled, plain, strict=True))

@@ -106,7 +106,7 @@ def test_opcheck():
 
 
 # Inductor multiplies and adds what lies between the products in another order, which may round the other way.
-@pytest.mark.parametrize(("backend", "tolerance"), [("aot_eager", 0.0), ("inductor", 2e-3)])
+@pytest.mark.parametrize(("backend", "tolerance"), [("aot_eager", 0.0), ("inductor", 4e-3)])
 def test_a_compiled_call_is_one_graph_and_equal(backend, tolerance):
     G = [torch.randn(6, 10), torch.randn(10, 6), torch.randn(2, 6, 6)]
     settings = {"ns_coefficients": "polar_express", "algorithm": "gram"}
