@@ -40,11 +40,25 @@ class RouteState:
 
     def draw(self, batch: int, tokens: int, kept: int, device: torch.device) -> Tensor:
         """(batch, kept) int32, a fresh set every call; the seed counts on the device, so that CUDA graphs replay it."""
+        if tokens > token_routing.MAX_TOKENS:
+            raise ValueError(
+                f"a route draws from at most {token_routing.MAX_TOKENS} tokens, got {tokens}: set route.fixed"
+            )
         if not isinstance(self._seed, Tensor) or self._seed.device != device:
-            self._seed = torch.tensor(_signed(int(self._seed) + _rank_offset()), dtype=torch.int64, device=device)
+            value = _signed(int(self._seed) + _rank_offset())
+            with torch.inference_mode(False):  # a tensor from within could not count outside
+                self._seed = torch.tensor(value, dtype=torch.int64, device=device)
         keep = token_routing.draw(torch.arange(batch, device=device), self._seed, tokens, kept)
         self._seed.add_(1)
         return keep
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handle": None, "keep": None, "byp": None, "_forward": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.handle = next(_handles)
+        _states[self.handle] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RouteState:
         twin = copy.copy(self)

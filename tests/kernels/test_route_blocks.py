@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from prx_kernels import enter_route, exit_route, gather_tokens, route_blocks
+from prx_kernels import enter_route, exit_route, route_blocks
 
 from .conftest import ROOT
 from .routed_models import HIDDEN, Block, Model, Rope, TupleBlock, inputs, permutations, rotary_tables
@@ -110,55 +109,6 @@ def test_keyword_tokens_and_tuple_outputs():
     _, out = block(text=text, hidden=x, c=c)
     bypassed = torch.ones(2, 12, dtype=torch.bool).scatter(1, route.keep.long(), False)
     assert torch.equal(out[bypassed], x[bypassed])
-
-
-def test_evaluation_is_dense_unless_asked():
-    model = Model()
-    x, c = inputs()
-    dense = model(x, c)
-    route = route_blocks(model.blocks, 1, 2, 0.5)
-    assert torch.equal(model.eval()(x, c), dense)
-    assert route.keep is None
-    route.in_eval = True
-    assert not torch.equal(model(x, c), dense)
-    route.in_eval = False
-    assert not torch.equal(model.train()(x, c), dense)
-
-
-def test_every_forward_draws_afresh_and_manual_seed_repeats_the_sequence():
-    model = Model()
-    route = route_blocks(model.blocks, 1, 2, 0.5)
-    x, c = inputs()
-
-    def sequence():
-        route.manual_seed(3)
-        sets = []
-        for _ in range(4):
-            model(x, c)
-            sets.append(route.keep)
-        return torch.stack(sets)
-
-    first = sequence()
-    assert len({tuple(row) for row in first.flatten(0, 1).tolist()}) == 8
-    assert torch.equal(first, sequence())
-
-
-def test_shared_keeps_one_set_for_the_batch():
-    model = Model()
-    route = route_blocks(model.blocks, 1, 2, 0.5, shared=True)
-    model(*inputs(batch=4))
-    assert (route.keep == route.keep[:1]).all()
-
-
-def test_keep_names_the_tokens_that_a_routed_block_saw():
-    """The last routed layer as REPA layer is unambiguous: its features have K rows, and keep says which."""
-    model = Model(prefix=3)
-    route = route_blocks(model.blocks, 1, 2, 0.5, prefix=3)
-    seen = {}
-    model.blocks[1].norm1.register_forward_hook(lambda _, args, __: seen.update(x=args[0]))
-    model.blocks[0].register_forward_hook(lambda _, __, out: seen.update(before=out))
-    model(*inputs())
-    assert torch.equal(seen["x"][:, 3:], gather_tokens(seen["before"][:, 3:], route.keep))
 
 
 # --- activation checkpointing ------------------------------------------------------------------------------------
@@ -327,22 +277,6 @@ def eager(model, x, c):
     for block in model.blocks:
         x = block.forward(x, c, model.rope)
     return x
-
-
-def test_a_deep_copy_routes_by_itself():
-    model = Model()
-    route = route_blocks(model.blocks, 1, 2, 0.5)
-    x, c = inputs()
-    model(x, c).sum().backward()
-    model.zero_grad()
-    twin = copy.deepcopy(model)
-    assert twin.blocks[1]._route is twin.blocks[2]._route is not route
-    kept = route.keep
-    out = twin(x, c)
-    assert route.keep is kept
-    torch.testing.assert_close(out, expected(twin, x, c, twin.blocks[1]._route.keep))
-    twin.blocks[1]._route.in_eval = True
-    assert not route.in_eval
 
 
 def test_autocast_to_bfloat16_runs_and_trains():
