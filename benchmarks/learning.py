@@ -30,7 +30,7 @@ from train.commandline import parse
 from train.errors import UserError, exit_with_sentence
 from train.optimizers import Named, Optimizers, split
 from train.recipes import Recipe
-from train.run_folder import SAMPLES, run_folder
+from train.run_folder import METRICS, SAMPLES, run_folder
 from train.stages import finished
 
 
@@ -126,7 +126,7 @@ def table(rows: Sequence[dict[str, Any]], steps: Sequence[int]) -> str:
 
 
 def figure(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Curves of the means over the steps, with a band of one deviation each way; the loss on a logarithmic axis."""
+    """Curves of the means behind the first quarter of the steps, where all fall alike, with a band of one deviation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -134,7 +134,7 @@ def figure(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
 
     drawn, axes = pyplot.subplots(figsize=(6.0, 3.4), dpi=110)
     for name in dict.fromkeys(row["variant"] for row in rows):
-        own = [row for row in rows if row["variant"] == name]
+        own = [row for row in rows if row["variant"] == name and 4 * row["step"] >= max(r["step"] for r in rows)]
         steps, losses = [row["step"] for row in own], [row["loss"] for row in own]
         (line,) = axes.plot(steps, losses, marker=".", label=name)
         spread = [row["deviation"] or 0.0 for row in own]
@@ -173,6 +173,30 @@ def to_target(curves: dict[str, dict[int, list[Point]]], target: float) -> list[
     )
 
 
+DRAWN = {"background": "background", "position": "position", "all": "everything"}
+"""Parts of a prompt in the table, of those that the oracle reads in drawn pictures."""
+
+
+def drawn_right(recipe: Recipe) -> dict[str, float]:
+    """Shares of held-out prompts that a finished run draws right, by part; empty for data without an oracle."""
+    lines = (run_folder(recipe) / METRICS).read_text().splitlines()
+    found = {name: value for line in lines for name, value in json.loads(line).items()}
+    return {part: found[name] for part in DRAWN if (name := f"eval/combinations/{part}") in found}
+
+
+def drawn_table(shares: dict[str, list[dict[str, float]]]) -> str:
+    """Markdown: a line a variant, mean ± sample deviation over the seeds."""
+    lines = ["| drawn right in the end | " + " | ".join(DRAWN.values()) + " |", "|---|" + "---|" * len(DRAWN)]
+    for name, seeds in shares.items():
+        cells = []
+        for part in DRAWN:
+            values = [seed[part] for seed in seeds]
+            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{mean(values):.2f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.learning",
@@ -191,6 +215,7 @@ def main() -> int:
     asked, common = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
     curves: dict[str, dict[int, list[Point]]] = {}
     drawn: dict[str, Path] = {}
+    shares: dict[str, list[dict[str, float]]] = {}
     for seed in asked.seeds:
         for name in asked.variant:
             extra, kind = VARIANTS[name]
@@ -198,16 +223,19 @@ def main() -> int:
             words += [*extra, "--train.seed", str(seed), "--output.folder", str(asked.out)]
             recipe, points = train([*words, "--output.name", f"{name}/seed-{seed}"], kind)
             curves.setdefault(name, {})[seed] = points
+            if found_right := drawn_right(recipe):
+                shares.setdefault(name, []).append(found_right)
             if seed == asked.seeds[0]:
                 drawn[name] = run_folder(recipe) / SAMPLES / f"step-{asked.steps:08d}.png"
     rows, reached = summarise(curves), to_target(curves, asked.target)
     shown = [row["step"] for row in rows if row["variant"] == asked.variant[0]]
     shown = shown[len(shown) // 4 - 1 :: len(shown) // 4] if len(shown) >= 4 else shown
     printed = f"{table(rows, shown)}\n\n{ablate.table(reached, HELD_OUT, asked.target)}"
+    printed += f"\n\n{drawn_table(shares)}" if shares else ""
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     machine |= {"device": recipe.train.device, "torch": torch.__version__}
     found = {"preset": asked.preset, "words": common, "steps": asked.steps, "machine": machine, "rows": rows}
-    found |= {"target": asked.target, "to_target": [ablate.plain(row) for row in reached]}
+    found |= {"target": asked.target, "to_target": [ablate.plain(row) for row in reached], "drawn_right": shares}
     (asked.out / "learning.json").write_text(json.dumps(found, indent=1) + "\n")
     (asked.out / "learning.md").write_text(printed + "\n")
     figure(rows, f"{asked.preset}, {len(asked.seeds)} seeds", asked.out / "learning.png")

@@ -66,6 +66,9 @@ def test_a_comparison_leaves_table_figure_and_numbers(tmp_path: Path) -> None:
     }
     assert (tmp_path / "learning.md").read_text().strip() in done.stdout
     assert [(row["reached"], row["steps"]["mean"]) for row in found["to_target"]] == [(1, 2.0), (1, 2.0)]
+    for shares in found["drawn_right"].values():
+        assert [set(seed) for seed in shares] == [{"background", "position", "all"}]
+    assert "| prx_kernels.Muon, routed |" in (tmp_path / "learning.md").read_text().split("drawn right")[1]
     for routed, name in ((False, "torch.optim.Muon"), (True, "prx_kernels.Muon, routed")):
         config = json.loads((tmp_path / name / "seed-0" / "config.json").read_text())
         assert config["routing"]["enabled"] is routed
