@@ -156,6 +156,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     y_ptr,
     keep_ptr,
+    tokens,
     kept,
     width,
     x_batch,
@@ -167,7 +168,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """In place: rows `keep` of x become zero, or x + y if ADD; no other row is touched."""
+    """In place: rows `keep` of x become zero, or x + y if ADD; no other row, and nothing outside x, is touched."""
     width, x_batch, x_token = hint(width, ALIGN), hint(x_batch, ALIGN), hint(x_token, ALIGN)
     y_batch, y_token = hint(y_batch, ALIGN), hint(y_token, ALIGN)
     tiles = tl.cdiv(kept, ROWS)
@@ -176,6 +177,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
     mask = (rows < kept)[:, None] & (cols < width)[None, :]
     index = tl.load(keep_ptr + batch * kept + rows, mask=rows < kept, other=0).to(tl.int64)
+    mask = mask & ((index >= 0) & (index < tokens))[:, None]
     place = x_ptr + batch * x_batch + index[:, None] * x_token + cols[None, :]
     values = tl.zeros((ROWS, COLS), x_ptr.dtype.element_ty)
     if ADD:
@@ -282,7 +284,7 @@ def update(x: Tensor, y: Tensor | None, keep: Tensor) -> None:
     view = element_width if y is None else (lambda t: t)
     with on_device(x):
         _update_kernel[_row_grid(keep.shape[0], kept, x.shape[2], config)](
-            view(x), view(b), keep, kept, x.shape[2], *strides,
+            view(x), view(b), keep, x.shape[1], kept, x.shape[2], *strides,
             ADD=y is not None, ALIGN=alignment(x.shape[2], *strides), **config.options,
         )  # fmt: skip
 

@@ -26,8 +26,15 @@ def philox_normal(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | 
         float32 tensor of `shape`.
 
     Raises:
-        ValueError: `sample_ids` does not have `shape[0]` entries, or seed not one.
+        ValueError: `sample_ids` does not have `shape[0]` entries, seed not one, or shape no batch.
+        TypeError: seed is no tensor of integers, or sample_ids are none.
     """
+    for name, given in (("seed", seed), ("sample_ids", sample_ids)):
+        if given is not None and (not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex()):
+            kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f"{name} must be a tensor of integers, got {kind}")
+    if not len(shape):
+        raise ValueError("shape must be (batch, ...), got ()")
     if sample_ids is None:
         sample_ids = torch.arange(shape[0], dtype=torch.int64, device=seed.device)
     if sample_ids.shape != (shape[0],):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ._patch_embed_ops import project
 from .pixel_loss import check_size
+from .token_routing import check_no_tangent
 
 # --- public ------------------------------------------------------------------------------------------------------
 
@@ -61,6 +62,7 @@ def patch_embed(
         ValueError: shapes that do not fit, a size that is no multiple of the patch, t outside [0, 1].
         TypeError: a dtype that does not fit.
     """
+    check_no_tangent("patch_embed", image, w1, b1, w2, b2, t)
     _check_image(image, patch_size)
     _check_weights(image.shape[1] * patch_size**2, w1, b1, w2, b2, patch_size)
     noise = _checked_noise(image, t, noise_seed, sample_ids)
@@ -172,13 +174,19 @@ class BottleneckPatchEmbed(nn.Module):
 
         Raises:
             TypeError: no convolution called `proj`.
-            ValueError: a norm, another output than (batch, N, hidden), padding, or a patch that is not square.
+            ValueError: a norm, position embeddings (diffusers' PatchEmbed), another output than (batch, N, hidden),
+                padding, or a patch that is not square.
         """
         proj = getattr(embed, "proj", None)
         if not isinstance(proj, nn.Conv2d):
             raise TypeError(f"from_timm takes a module with a Conv2d called proj, got {type(embed).__name__}")
         if not isinstance(getattr(embed, "norm", None), nn.Identity | None):
             raise ValueError(f"a PatchEmbed without norm can be replaced, got norm {type(embed.norm).__name__}")
+        if getattr(embed, "pos_embed", None) is not None:
+            raise ValueError(
+                f"{type(embed).__name__} adds position embeddings, which would be lost: replace its `proj` by "
+                "`from_conv` and add them as before"
+            )
         if not getattr(embed, "flatten", True) or getattr(embed, "dynamic_img_pad", False):
             raise ValueError("a PatchEmbed with flattened output and without padding can be replaced, got another one")
         made = cls.from_conv(proj)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from . import _pixel_loss_kernels as kernels
 from . import reference
-from .token_routing import custom_op
+from .token_routing import check_no_tangent, custom_op
 
 # --- public ------------------------------------------------------------------------------------------------------
 # `patchify` and `unpatchify` are plain PyTorch: a permuting copy is one pass already, and a view to the compiler.
@@ -20,8 +20,10 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
     """Cut (batch, channels, H, W) into (batch, H/p·W/p, channels·p²), features in the order (channel, row, column).
 
     Raises:
-        ValueError: the size is not a multiple of the patch.
+        ValueError: no picture, or its size is not a multiple of the patch.
     """
+    if image.ndim != 4:
+        raise ValueError(f"image must be (batch, channels, H, W), got shape {tuple(image.shape)}")
     check_size(image.shape[2], image.shape[3], patch_size)
     return reference.patchify(image, patch_size)
 
@@ -79,10 +81,12 @@ def x_prediction_loss(
     to second order otherwise.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown reduction.
-        TypeError: tokens that are not floating, or an image that is neither floating nor uint8.
+        ValueError: shapes that do not fit, an unknown reduction, or a negative t_min.
+        TypeError: tokens or t that are not floating, or an image that is neither floating nor uint8.
+        NotImplementedError: a forward-mode derivative is asked for.
     """
-    _check_loss(tokens, image, t, patch_size, reduction)
+    check_no_tangent("x_prediction_loss", tokens, image, t)
+    _check_loss(tokens, image, t, patch_size, t_min, reduction)
     mean = reduction == "mean"
     if torch.is_grad_enabled() and (image.requires_grad or t.requires_grad):
         per_sample = reference.x_prediction_loss(tokens, image, t, patch_size, t_min=t_min)
@@ -94,7 +98,9 @@ def x_prediction_loss(
     return per_sample.mean() if mean else per_sample
 
 
-def _check_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, reduction: str) -> None:
+def _check_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: float, reduction: str) -> None:
+    if image.ndim != 4:
+        raise ValueError(f"image must be (batch, channels, H, W), got shape {tuple(image.shape)}")
     batch, channels, height, width = image.shape
     check_size(height, width, patch_size)
     expected = (batch, (height // patch_size) * (width // patch_size), channels * patch_size**2)
@@ -105,11 +111,17 @@ def _check_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, reduc
         )
     if reduction not in ("mean", "none"):
         raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+    if not t_min >= 0:
+        raise ValueError(f"t_min must not be negative, got {t_min}")
+    if not t.is_floating_point():
+        raise TypeError(f"t must be floating, got {t.dtype}")
     if not tokens.is_floating_point() or not (image.is_floating_point() or image.dtype == torch.uint8):
         raise TypeError(f"tokens must be floating and image floating or uint8, got {tokens.dtype} and {image.dtype}")
 
 
 def check_size(height: int, width: int, patch_size: int) -> None:
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     if height % patch_size or width % patch_size:
         lower = (height // patch_size * patch_size, width // patch_size * patch_size)
         raise ValueError(

@@ -89,7 +89,7 @@ def philox_normal(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | 
         )
     count = math.prod(shape[1:])
     words = philox_uint32(seed, sample_ids, 2 * ((count + 1) // 2))
-    u0, u1 = (uniform_from_uint32(word) for word in words.view(shape[0], -1, 2).unbind(-1))
+    u0, u1 = (uniform_from_uint32(word) for word in words.view(shape[0], (count + 1) // 2, 2).unbind(-1))
     radius = u0.log_().mul_(-2.0).sqrt_()
     angle = u1.mul_(2.0 * math.pi)
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
@@ -237,7 +237,8 @@ def x_prediction_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int,
         image: (batch, channels, H, W), the clean picture in [-1, 1], or uint8.
         t: (batch,) float32 in [0, 1], 0 is clean.
     """
-    error = widened(tokens) - patchify(scaled(image), patch_size)
+    predicted = widened(tokens)
+    error = predicted - patchify(scaled(image), patch_size).to(predicted.dtype)
     return error.square().mean(dim=(1, 2)) / t.float().clamp(min=t_min).square()
 
 
@@ -245,7 +246,8 @@ def x_prediction_loss_gradient(
     tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: float, unit: float
 ) -> tuple[Tensor, Tensor]:
     """Per-sample losses, and `error·unit/max(t, t_min)²` in the dtype of tokens: their gradient for unit 2/elements."""
-    error = widened(tokens) - patchify(scaled(image), patch_size)
+    predicted = widened(tokens)
+    error = predicted - patchify(scaled(image), patch_size).to(predicted.dtype)
     weight = t.float().clamp(min=t_min).square().reciprocal()
     gradient = error * (unit * weight)[:, None, None]
     return error.square().mean(dim=(1, 2)) * weight, gradient.to(tokens.dtype)

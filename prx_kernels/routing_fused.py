@@ -104,8 +104,8 @@ class _EnterModulate(torch.autograd.Function):
 
 @jit
 def _modulate_kernel(  # type: ignore[no-untyped-def]
-    y_ptr, h_ptr, x_ptr, keep_ptr, shift_ptr, scale_ptr, kept, width, x_batch, x_token, shift_batch, scale_batch, eps,
-    ALIGN: tl.constexpr, ACC: tl.constexpr, COLS: tl.constexpr,
+    y_ptr, h_ptr, x_ptr, keep_ptr, shift_ptr, scale_ptr, tokens, kept, width, x_batch, x_token, shift_batch,
+    scale_batch, eps, ALIGN: tl.constexpr, ACC: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One kept row a program: copy it to y, and its normalised and modulated form to h."""
     width, x_batch, x_token = hint(width, ALIGN), hint(x_batch, ALIGN), hint(x_token, ALIGN)
@@ -114,7 +114,9 @@ def _modulate_kernel(  # type: ignore[no-untyped-def]
     cols = tl.arange(0, COLS)
     mask = cols < width
     index = tl.load(keep_ptr + row).to(tl.int64)
-    values = tl.load(x_ptr + batch * x_batch + index * x_token + cols, mask=mask, other=0.0)
+    inside = cols < tl.where((index >= 0) & (index < tokens), width, 0)
+    values = tl.load(x_ptr + batch * x_batch + index * x_token + cols, mask=inside, other=float("nan"))
+    values = tl.where(mask, values, 0.0)
     tl.store(y_ptr + row * width + cols, values, mask=mask)
     normed = _normalise(values.to(ACC), mask, width, eps)[0]
     shift = tl.load(shift_ptr + batch * hint(shift_batch, ALIGN) + cols, mask=mask, other=0.0).to(ACC)
@@ -193,8 +195,8 @@ def _gated_merge_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _gate_backward_kernel(  # type: ignore[no-untyped-def]
-    grad_y_ptr, grad_branch_ptr, gate_part_ptr, grad_ptr, branch_ptr, gate_ptr, keep_ptr, kept, width, grad_batch,
-    grad_token, gate_batch, ALIGN: tl.constexpr, ACC: tl.constexpr, COLS: tl.constexpr,
+    grad_y_ptr, grad_branch_ptr, gate_part_ptr, grad_ptr, branch_ptr, gate_ptr, keep_ptr, tokens, kept, width,
+    grad_batch, grad_token, gate_batch, ALIGN: tl.constexpr, ACC: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Rows as in `_modulate_backward_kernel`: grad_y = grad[keep], grad_branch = gate·grad_y, sums of grad_y·branch."""
     width, grad_batch, grad_token = hint(width, ALIGN), hint(grad_batch, ALIGN), hint(grad_token, ALIGN)
@@ -207,7 +209,8 @@ def _gate_backward_kernel(  # type: ignore[no-untyped-def]
     for k in range(tl.program_id(1), kept, splits):
         place = (batch * kept + k) * width + cols
         index = tl.load(keep_ptr + batch * kept + k).to(tl.int64)
-        values = tl.load(grad_ptr + batch * grad_batch + index * grad_token + cols, mask=mask, other=0.0)
+        inside = cols < tl.where((index >= 0) & (index < tokens), width, 0)
+        values = tl.load(grad_ptr + batch * grad_batch + index * grad_token + cols, mask=inside, other=0.0)
         tl.store(grad_y_ptr + place, values, mask=mask)
         grad = values.to(ACC)
         gate_sum += grad * tl.load(branch_ptr + place, mask=mask, other=0.0).to(ACC)
@@ -234,7 +237,7 @@ def launch_enter_modulate(x: Tensor, keep: Tensor, shift: Tensor, scale: Tensor,
         sizes = (x.shape[2], x.stride(0), x.stride(1), shift.stride(0), scale.stride(0))
         with on_device(x):
             _modulate_kernel[(keep.numel(),)](
-                y, h, x, keep, shift, scale, keep.shape[1], *sizes, eps,
+                y, h, x, keep, shift, scale, x.shape[1], keep.shape[1], *sizes, eps,
                 ALIGN=alignment(*sizes), ACC=_accumulator(x), **tuned(ROW, sizes[0], x.device).options,
             )  # fmt: skip
     return y, h
@@ -280,7 +283,7 @@ def launch_gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, keep: Tenso
         sizes = (width, grad.stride(0), grad.stride(1), gate.stride(0))
         with on_device(grad):
             _gate_backward_kernel[(batch, part.shape[1])](
-                grad_y, grad_branch, part, grad, branch, gate, keep, kept, *sizes,
+                grad_y, grad_branch, part, grad, branch, gate, keep, grad.shape[1], kept, *sizes,
                 ALIGN=alignment(*sizes), ACC=_accumulator(grad), **tuned(ROW, width, grad.device).options,
             )  # fmt: skip
     return grad_y, grad_branch, part.sum(1).to(gate.dtype)

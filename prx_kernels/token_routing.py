@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
 from . import _routing_kernels as kernels
 from . import reference
@@ -135,7 +136,19 @@ def draw(sample_ids: Tensor, seed: Tensor, tokens: int, kept: int) -> Tensor:
     return keep
 
 
+def check_no_tangent(name: str, *tensors: Tensor | None) -> None:
+    """Refuse forward-mode derivatives (torch.func.jvp): torch would silently take them to be zero through an op."""
+    if forward_ad._current_level >= 0:
+        for x in tensors:
+            dual: Any = None if x is None else forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+            if dual is not None and dual.tangent is not None:
+                raise NotImplementedError(
+                    f"{name} has no forward-mode derivative here; the definitions in prx_kernels.reference have"
+                )
+
+
 def check_keep(x: Tensor, keep: Tensor) -> None:
+    check_no_tangent("token routing", x)
     if keep.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"keep must be int32 or int64, got {keep.dtype}")
     if keep.ndim != 2 or x.ndim < 2 or keep.shape[0] != x.shape[0] or not 0 < keep.shape[1] <= x.shape[1]:
@@ -145,6 +158,7 @@ def check_keep(x: Tensor, keep: Tensor) -> None:
 
 
 def check_routed(x: Tensor, y: Tensor, keep: Tensor) -> None:
+    check_no_tangent("token routing", y)
     expected = (*keep.shape, *x.shape[2:])
     if tuple(y.shape) != tuple(expected):
         raise ValueError(f"the routed tokens must have shape {expected} to go where keep says, got {tuple(y.shape)}")

@@ -131,6 +131,21 @@ def check_addresses_beyond_32_bits(device: str) -> None:
 
 
 def check_index_out_of_range(device: str) -> None:
+    """NaN where something is read, nothing where something would be written; the neighbours of x stay as they are."""
     keep = torch.tensor([[0, 5], [-1, 2]], dtype=torch.int32, device=device)
-    taken = kernels.gather(numbers(2, 5, 8, device=device, dtype=torch.float32), keep)
-    assert taken.isnan().all(dim=2).tolist() == [[False, True], [True, False]]
+    outside = [[False, True], [True, False]]
+    whole = numbers(4, 5, 8, device=device, dtype=torch.float32)
+    before, x = whole.clone(), whole[1:3]
+    y, shift = numbers(2, 2, 8, device=device, dtype=torch.float32), numbers(2, 8, device=device, dtype=torch.float32)
+    assert kernels.gather(x, keep).isnan().all(dim=2).tolist() == outside
+    entered, modulated = routing_fused.launch_enter_modulate(x, keep, shift, shift, 1e-6)
+    assert entered.isnan().all(dim=2).tolist() == modulated.isnan().all(dim=2).tolist() == outside
+    rows, _, _ = routing_fused.launch_gate_backward(x, y, shift, keep)
+    assert (rows == 0).all(dim=2).tolist() == outside
+    kernels.update(x, y, keep)
+    before[1, 0] += y[0, 0]
+    before[2, 2] += y[1, 1]
+    same(whole, before)
+    kernels.update(x, None, keep)
+    before[1, 0], before[2, 2] = 0, 0
+    same(whole, before)
