@@ -102,15 +102,11 @@ class ShardWriter:
         self._manifest = folder / f"writer-{rank:05d}.json"
         self._temporary = folder / f"writer-{rank:05d}.tmp"
         self._shards: dict[str, int] = {}
-        for manifest in folder.glob("writer-*.json"):
-            number = manifest.stem.removeprefix("writer-")
-            if number.isdecimal() and int(number) % ranks == rank:
-                listed = _read_manifest(manifest, encoding)
-                there = {name: size for name, size in listed.items() if (folder / name).exists()}
-                if there != listed:
-                    self._write_manifest(manifest, there)
-                if manifest == self._manifest:
-                    self._shards = there
+        try:
+            self._take_over(ranks)
+        except BaseException:
+            self.__exit__()  # not when the exception's frames are collected
+            raise
         self._keys: list[bytes] = []
         self._lengths: list[int] = []
         self._parts: list[tuple[Tensor, Tensor | None]] = []
@@ -122,6 +118,18 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.close()
+
+    def _take_over(self, ranks: int) -> None:
+        """Read this rank's lists, without the shards that are gone."""
+        for manifest in self.folder.glob("writer-*.json"):
+            number = manifest.stem.removeprefix("writer-")
+            if number.isdecimal() and int(number) % ranks == self.rank:
+                listed = _read_manifest(manifest, self.encoding)
+                there = {name: size for name, size in listed.items() if (self.folder / name).exists()}
+                if there != listed:
+                    self._write_manifest(manifest, there)
+                if manifest == self._manifest:
+                    self._shards = there
 
     def add(self, captions: Sequence[str], tokens: Tensor, lengths: Sequence[int]) -> None:
         """Take the embeddings (sum of lengths, width) of captions; writes a shard where enough have come together.

@@ -13,6 +13,7 @@ from train.build import check
 from train.commandline import parse, precompute_command
 from train.data import text_cache
 from train.data.text_cache import CachedText, CacheIndex, Encoding, ShardWriter
+from train.errors import UserError
 from train.precompute_text import precompute
 from train.recipes import Recipe
 
@@ -118,6 +119,16 @@ def test_embeddings_of_other_settings_are_refused(recipe: Recipe, field: str, va
         message = sentence(start)
         assert shown in message
         assert message.endswith("give --text.cache another one")
+
+
+def test_a_refused_writer_lets_the_folder_go(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, Encoding("t5", "", 8, "bf16"), 0) as writer:
+        writer.add(["a"], torch.ones(2, 4), [2])
+        writer.flush()
+    with pytest.raises(UserError, match="storage 'bf16' -> 'fp8'") as refusal:
+        ShardWriter(tmp_path, Encoding("t5", "", 8, "fp8"), 0)
+    with ShardWriter(tmp_path, Encoding("t5", "", 8, "bf16"), 0):  # while the traceback still holds the frames
+        assert refusal.tb is not None
 
 
 def test_a_list_of_shards_that_is_none_is_named(recipe: Recipe, tmp_path: Path) -> None:
