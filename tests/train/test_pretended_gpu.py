@@ -118,7 +118,7 @@ def test_what_waits_or_mixes_devices_fails(learner: Learner) -> None:
     learner.skipped = torch.zeros(2, dtype=torch.int64)
     for _, parameter in learner.parameters:
         parameter.grad = torch.empty_like(parameter)
-    with pytest.raises(RuntimeError, match="at least two devices"):
+    with pytest.raises(RuntimeError, match="two (different )?devices"):
         learner.update(0)
     with pytest.raises(DataDependentOutputException):
-        float(learner._loss(batch, 3)[0])
+        float(learner._loss(batch, 3)[0].detach())
