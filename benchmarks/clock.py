@@ -7,7 +7,9 @@ of its own), and nothing of the host's work, of the harness's or of pytest-bench
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,9 +63,11 @@ class Timing:
 
 
 def input_sets(nbytes: int, cache_bytes: int) -> int:
-    """How many sets of inputs of `nbytes` to rotate, so that none is in the cache when its turn comes."""
-    wanted = -(-int(CACHE_FACTOR * cache_bytes) // max(nbytes, 1))
-    affordable = max(1, MAX_INPUT_BYTES // max(nbytes, 1))
+    """How many sets of inputs of `nbytes` to rotate, so that none is in the cache when its turn comes; one of none."""
+    if nbytes == 0:
+        return 1
+    wanted = -(-int(CACHE_FACTOR * cache_bytes) // nbytes)
+    affordable = max(1, MAX_INPUT_BYTES // nbytes)
     return max(1, min(wanted, affordable, MAX_LAUNCHES))
 
 
@@ -84,50 +88,91 @@ def tensors(values: Any) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
+@contextmanager
+def side_stream() -> Iterator[None]:
+    """Do device work on the one stream that is captured; nested uses are on the same.
+
+    What a recorded backward is captured on has to be the stream of its forward: autograd runs it there, and a default
+    stream cannot join a capture (pytorch issue 164302).
+    """
+    stream, before = _capture_stream(), torch.cuda.current_stream()
+    stream.wait_stream(before)
+    with torch.cuda.stream(stream):
+        yield
+    before.wait_stream(stream)
+
+
+@lru_cache(maxsize=1)
+def _capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
 def device_timing(run: Run, inputs: Inputs, *, graph: bool = True) -> Timing:
     """Prepare `run(*inputs[i])` for timing by CUDA events: a graph of launches, eager ones where none can be captured.
 
-    Warm-up (compilation, cuBLAS handles, autograd's threads) happens here, outside of every round.
+    Warm-up (compilation, cuBLAS handles, autograd's threads) happens here, outside of every round. Inputs with a
+    recorded backward have to be made in `side_stream`.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with side_stream():
         for i in range(_WARM_UP):
             run(*inputs[i % len(inputs)])
         once = _event_seconds(lambda: run(*inputs[0]))
-    torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    launches = launches_for(once, len(inputs))
-
-    def launch_all() -> None:
-        for i in range(launches):
-            run(*inputs[i % len(inputs)])
-
-    how = "eager launches: asked for"
+    launches, how = launches_for(once, len(inputs)), "eager launches: asked for"
     if graph:
-        captured = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(captured):
-                launch_all()
-            captured.replay()
-            torch.cuda.synchronize()
-            return Timing(lambda: _event_seconds(captured.replay) / launches, launches, "graph")
+            captured, seconds = _capture(run, inputs, launches)
+            if seconds < MIN_ROUND_SECONDS / 2:  # the eager launch cost the host more than the device
+                launches = launches_for(seconds / launches, len(inputs))
+                captured, seconds = _capture(run, inputs, launches)
+            return Timing(lambda: _replay_seconds(captured, seconds) / launches, launches, "graph")
         except RuntimeError as error:
             torch.cuda.synchronize()
             how = f"eager launches: {str(error).strip().splitlines()[0][:80]}"
+
+    def launch_all() -> None:
+        with side_stream():
+            for i in range(launches):
+                run(*inputs[i % len(inputs)])
+
     return Timing(lambda: _event_seconds(launch_all) / launches, launches, how)
 
 
-def wall_timing(run: Run, inputs: Inputs, synchronize: Callable[[], None], *, min_seconds: float) -> Timing:
-    """Prepare `run` for timing by the host's clock, the cost of launching included; the device is waited for."""
-    for _ in range(_WARM_UP):
+def _capture(run: Run, inputs: Inputs, launches: int) -> tuple[torch.cuda.CUDAGraph, float]:
+    """A graph of `launches` launches, and the seconds that it takes."""
+    captured = torch.cuda.CUDAGraph()
+    with side_stream(), torch.cuda.graph(captured, stream=_capture_stream()):
+        for i in range(launches):
+            run(*inputs[i % len(inputs)])
+    captured.replay()
+    torch.cuda.synchronize()
+    return captured, _event_seconds(captured.replay)
+
+
+def _replay_seconds(captured: torch.cuda.CUDAGraph, about: float) -> float:
+    """Time of one replay; a short one begins while another runs, so that what its launch costs the host is hidden."""
+    if about < 10 * MIN_ROUND_SECONDS:
+        captured.replay()
+    return _event_seconds(captured.replay)
+
+
+def wall_timing(
+    run: Run, inputs: Inputs, synchronize: Callable[[], None], *, min_seconds: float, warm: bool = False
+) -> Timing:
+    """Prepare `run` for timing by the host's clock, the cost of launching included; the device is waited for.
+
+    `warm` says that it has run before and lasts longer than `min_seconds`: then it is not run here.
+    """
+    launches = 1
+    if not warm:
+        for _ in range(_WARM_UP):
+            run(*inputs[0])
+        synchronize()
+        begin = time.perf_counter()
         run(*inputs[0])
-    synchronize()
-    begin = time.perf_counter()
-    run(*inputs[0])
-    synchronize()
-    once = time.perf_counter() - begin
-    launches = max(1, min(MAX_LAUNCHES, round(min_seconds / max(once, 1e-9))))
+        synchronize()
+        once = time.perf_counter() - begin
+        launches = max(1, min(MAX_LAUNCHES, round(min_seconds / max(once, 1e-9))))
 
     def seconds() -> float:
         begin = time.perf_counter()

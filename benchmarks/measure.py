@@ -1,6 +1,7 @@
 """One row: check the function against its reference, then time it. A wrong result gets no figure."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine, passes
-from benchmarks.clock import CLOCK, Timing, device_timing, input_sets, tensor_bytes, tensors, wall_timing
+from benchmarks.clock import CLOCK, Timing, device_timing, input_sets, side_stream, tensor_bytes, tensors, wall_timing
 from benchmarks.passes import Which
 from benchmarks.roofline import Cost
 
@@ -95,11 +96,13 @@ class Measure:
         Raises:
             AssertionError: the result is wrong; nothing is timed or shown then.
         """
-        run, arguments = passes.prepare(function, which, inputs(0), parameters=parameters)
-        error = self._error(run, arguments, reference, verify, which, inputs)
-        assert error <= tolerance, f"{op}, {case}, {which}, {way}: relative error {error:.3g} exceeds {tolerance:g}"
-        peak = self._peak(run, arguments, whole=which == "step")
-        timing = self._timing(run, function, inputs, arguments, which, parameters, graph)
+        # What is captured as a graph has to be recorded on the stream of the capture.
+        with side_stream() if self.clock == "device" and graph else nullcontext():
+            run, arguments = passes.prepare(function, which, inputs(0), parameters=parameters)
+            error = self._error(run, arguments, reference, verify, which, inputs)
+            assert error <= tolerance, f"{op}, {case}, {which}, {way}: relative error {error:.3g} exceeds {tolerance:g}"
+            peak = self._peak(run, arguments, whole=which == "step")
+            timing = self._timing(run, function, inputs, arguments, which, parameters, graph, warm=repeat > 1)
         self.benchmark.group = f"{op} | {case} | {which} | {self.clock}"
         rounds = max(3, ROUNDS[self.clock] // repeat)
         self.benchmark.pedantic(lambda: CLOCK.advance(timing.seconds() / repeat), rounds=rounds, iterations=1)
@@ -153,6 +156,7 @@ class Measure:
         which: Which,
         parameters: Sequence[Tensor],
         graph: bool,
+        warm: bool,
     ) -> Timing:
         if self.clock == "cpu":
             return wall_timing(run, [arguments], lambda: None, min_seconds=0.0)
@@ -162,5 +166,5 @@ class Measure:
             # `run` is the same for all: only what it is given differs.
             rotated.append(passes.prepare(function, which, inputs(seed), parameters=parameters)[1])
         if self.clock == "wall":
-            return wall_timing(run, rotated, torch.cuda.synchronize, min_seconds=0.02)
+            return wall_timing(run, rotated, torch.cuda.synchronize, min_seconds=0.02, warm=warm)
         return device_timing(run, rotated, graph=graph)

@@ -48,11 +48,15 @@ def prepare(
 
 
 def incoming_gradients(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Random gradients for the outputs, the same for the same shapes whatever the dtype: both ways get these."""
+    """Random gradients for the outputs, the same for the same shapes whatever the dtype: both ways get these.
+
+    A number gets 1, as a loss does.
+    """
     made = []
     for i, output in enumerate(outputs):
-        generator = torch.Generator().manual_seed(1000 + i)
-        noise = torch.randn(output.shape, generator=generator)
+        generator = torch.Generator(output.device).manual_seed(1000 + i)
+        noise = torch.randn(output.shape, generator=generator, device=output.device)
+        noise = noise if output.ndim else torch.ones_like(noise)
         # Rounded to the 16-bit format first, so that a reference in float64 is given exactly the same numbers.
         made.append(noise.to(torch.bfloat16).to(output))
     return made

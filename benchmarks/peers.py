@@ -61,6 +61,7 @@ _ALL = (
         minimum_capability=(9, 0),
     ),
     Peer("diffusers", "PRXTransformer2DModel", module="diffusers", distribution="diffusers"),
+    Peer("lpips", "the loss of a step with teachers", module="lpips", distribution="lpips"),
     Peer("einops", "rearrange", module="einops", distribution="einops"),
     Peer("timm", "PatchEmbed", module="timm", distribution="timm"),
     Peer(

@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import machine
 from benchmarks.clock import wall_timing
 from benchmarks.measure import CPU_NOTE
+from benchmarks.peers import PEERS
 from benchmarks.sizes import GPU, Case, cases
 from benchmarks.trainer_step import AnyStep, TrainerStep, make_step
 from benchmarks.training_step import LADDER, WHOLE, Way
@@ -119,8 +120,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", type=int, choices=[512, 1024], default=512)
     parser.add_argument("--way", choices=EVERY_WAY, default="ours")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10, help="10 hold one average of the weights")
     asked = parser.parse_args()
+    missing = PEERS["lpips"].missing() if EVERY_WAY[asked.way].teachers else None
+    if missing:
+        parser.error(f"{missing}, which the teachers of way {asked.way!r} need")
     asked.out.mkdir(parents=True, exist_ok=True)
     case = chosen(asked.size)
     step = make_step(EVERY_WAY[asked.way], case)

@@ -116,7 +116,7 @@ def _kernel_cells(rows: Sequence[Row], ceilings: Ceilings) -> list[tuple[str, ..
             row.op,
             row.case,
             row.which,
-            row.way,
+            row.way if row.how == "graph" else f"{row.way} ({row.how.partition(':')[0]})",
             duration(row.seconds),
             f"{ceilings.floor_seconds(row.nbytes, row.flop) / row.seconds:.1%}",
             ours_is,

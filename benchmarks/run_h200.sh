@@ -3,13 +3,16 @@
 #
 # Parts: gpu-tests, kernels, step, profile, train; all of them by default. Each is bounded in time, writes its log and
 # results to OUT, and is skipped where OUT already holds its result: the same command goes on where it was cut off.
-# On their own: steps does every row of the step, which takes most of nine minutes (step only those that come first);
-# pointwise times what stands between a block's matrix products, which is read beside the profile.
+# A part of which some rows failed or did not finish keeps the others, and fails.
+# On their own, most of nine minutes each: steps does every row of the step, all-kernels every row of the kernels, wall
+# time too (step and kernels only those that come first). pointwise times what stands between a block's matrix products,
+# which is read beside the profile.
 # Works from a checkout, offline, with the python that is there (PYTHON=…): torch >= 2.11, Triton >= 3.6, pytest,
-# pytest-benchmark. What else is missing skips its rows. PRX_COMMIT names the commit where git does not know.
+# pytest-benchmark. Without lpips rows with teachers, and the profile, are skipped; without tyro train is. Other
+# packages that are missing skip their rows. PRX_COMMIT names the commit where git does not know.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { echo "usage: bash benchmarks/run_h200.sh OUT [gpu-tests|kernels|step|profile|train|steps|pointwise ...]" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: bash benchmarks/run_h200.sh OUT [gpu-tests|kernels|step|profile|train|steps|all-kernels|pointwise ...]" >&2; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd) || { echo "cannot write to $1" >&2; exit 2; }
 shift
 parts=("$@")
@@ -32,8 +35,8 @@ part() {
   if [ $code = 0 ]; then [ -e "$out/$result" ] || cp "$out/$name.log" "$out/$result"; else failed=1; fi
 }
 
-# bench NAME SECONDS REST FILES...: benchmarks into NAME.json. Rows whose turn comes in the last REST seconds are skipped
-# by name, which is how those before them are kept: a file that the limit cut off is not.
+# bench NAME SECONDS REST ARGUMENTS...: benchmarks into NAME.json. Rows whose turn comes in the last REST seconds are
+# skipped by name, so that those before them are written; of a part that fails what was measured is kept.
 bench() {
   local name=$1 limit=$2 rest=$3
   shift 3
@@ -43,30 +46,46 @@ bench() {
     "$python" -m pytest "$@" --benchmark-only -q --benchmark-columns=median,iqr -p no:cacheprovider \
       --benchmark-json="$out/$name.part" && mv "$out/$name.part" "$out/$name.json"' \
     bash "$out" "$name" "$python" "$@"
+  [ -e "$out/$name.part" ] && "$python" -m benchmarks.summary "$out/$name.part" >/dev/null 2>&1 || return 0
+  mv "$out/$name.part" "$out/$name.json"
+  echo "$name: what was measured is kept; $(grep -c ^FAILED "$out/$name.log") rows failed, see $name.log"
 }
+
+# has MODULE WHAT: whether python has a module; says what is skipped without it.
+has() {
+  "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" && return 0
+  echo "$2: skipped, $1 is not installed; carry its wheel"
+  return 1
+}
+
+kernels=(benchmarks/test_{newton_schulz,muon,token_routing,patch_embed,attention}.py)
 
 for wanted in "${parts[@]}"; do
   case "$wanted" in
     gpu-tests) part gpu-tests 100 gpu-tests.txt "$python" -m pytest -m gpu -q -p no:cacheprovider tests ;;
-    kernels) bench kernels 130 20 $(ls benchmarks/test_*.py | grep -v -e test_model -e test_step -e test_pointwise) ;;
-    step) bench step 140 55 benchmarks/test_step.py ;; # a row of it compiles for up to a minute
+    kernels) bench kernels 90 15 "${kernels[@]}" -k "not wall" ;;
+    all-kernels) bench all-kernels 530 30 "${kernels[@]}" ;;
+    step) # a row of it compiles for up to a minute
+      has lpips "step with teachers" || true
+      bench step 180 60 benchmarks/test_step.py
+      ;;
     steps) bench steps 530 60 benchmarks/test_step.py benchmarks/test_model.py ;;
     pointwise) bench pointwise 180 30 benchmarks/test_pointwise.py ;;
     profile)
-      part profile 80 profile-512.json "$python" -m benchmarks.profile_step --out "$out"
+      has lpips profile && part profile 80 profile-512.json "$python" -m benchmarks.profile_step --out "$out"
       ;;
     train)
-      part train 85 train.txt "$python" train/speedrun.py --output.folder "$out/runs" --output.name shapes ${PRX_TRAIN:-}
+      has tyro train && part train 85 train.txt "$python" train/speedrun.py --output.folder "$out/runs" --output.name shapes ${PRX_TRAIN:-}
       ;;
     *)
-      echo "unknown part '$wanted'; there are gpu-tests, kernels, step, profile, train, steps, pointwise" >&2
+      echo "unknown part '$wanted'; there are gpu-tests, kernels, step, profile, train, steps, all-kernels, pointwise" >&2
       exit 2
       ;;
   esac
 done
 
 echo
-for result in kernels step steps pointwise; do
+for result in kernels all-kernels step steps pointwise; do
   [ -e "$out/$result.json" ] && "$python" -m benchmarks.summary "$out/$result.json"
 done
 [ -e "$out/profile-512.json" ] && tail -n 25 "$out/profile.log"

@@ -1,6 +1,7 @@
-"""Image queries over [text, image] keys, with text padded to 256 tokens of which some are real: six ways to skip them.
+"""Image queries over [text, image] keys, with text padded to 256 tokens of which some are real: ways to skip them.
 
-PRX's own is the additive one: a mask of shape (batch, heads, queries, keys). Operations count real keys only.
+PRX's own is the additive one: a mask of shape (batch, heads, queries, keys), cuDNN's kernel first. Operations count
+real keys only.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from benchmarks.machine import device
 from benchmarks.measure import Measure
 from benchmarks.passes import Which
 from benchmarks.peers import require
+from benchmarks.plain_prx import masked_kernel
 from benchmarks.roofline import attention
 from benchmarks.sizes import GPU, text_lengths
 from prx_model.attention import attend, pack_keys
@@ -53,7 +55,14 @@ def additive(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, ma
     joint = F.pad(mask, (0, k.shape[2]), value=True)
     bias = torch.zeros(joint.shape, dtype=q.dtype, device=q.device).masked_fill(~joint, float("-inf"))
     bias = bias[:, None, None, :].expand(-1, q.shape[1], q.shape[2], -1).contiguous()
-    return F.scaled_dot_product_attention(q, key, value, attn_mask=bias)
+    with masked_kernel(q):
+        return F.scaled_dot_product_attention(q, key, value, attn_mask=bias)
+
+
+def broadcast_cudnn(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
+    """Ours, with cuDNN's kernel before torch's choice."""
+    with masked_kernel(q):
+        return broadcast(q, k, v, text_k, text_v, mask)
 
 
 def broadcast(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
@@ -96,6 +105,7 @@ def definition(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, 
 WAYS = {
     "additive": additive,
     "broadcast": broadcast,
+    "broadcast, cuDNN first": broadcast_cudnn,
     "packed": None,
     "varlen": varlen,
     "flash": flash,
@@ -126,10 +136,10 @@ def test_attention(measure: Measure, case: Case, which: Which, way: str) -> None
         require(NEEDS[way])
 
     def inputs(seed: int) -> Inputs:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device()).manual_seed(seed)
         q, k, v, text_k, text_v = (
-            torch.randn(case.batch, case.heads, n, case.head_dim, generator=generator)
-            .to(device(), DTYPE)
+            torch.randn(case.batch, case.heads, n, case.head_dim, generator=generator, device=device())
+            .to(DTYPE)
             .requires_grad_()
             for n in (case.queries, case.queries, case.queries, case.text, case.text)
         )

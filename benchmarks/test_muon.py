@@ -79,6 +79,13 @@ def test_muon_step(measure: Measure, way: str) -> None:
         pytest.skip("muon-fsdp2 compiles its loop with Inductor, which takes long on a CPU")
     weights = matrices()
     step = MUONS[way](weights)
+    if way == "muon-fsdp2":
+        try:
+            step()
+        except NameError as error:  # 0.3.0 steps sharded weights only
+            pytest.skip(f"muon-fsdp2 cannot step on one device: {error}")
+        weights = matrices()
+        step = MUONS[way](weights)
 
     def error_of_the_first_step(run: Any, arguments: Any) -> float:
         # muon-fsdp2 writes into the gradients: keep those that were given.

@@ -112,15 +112,15 @@ WAYS: dict[str, tuple[Callable[..., Tensor], str]] = {
 
 
 def parameters(case: Case, seed: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device()).manual_seed(seed)
     shapes = ((case.bottleneck, case.features), (case.bottleneck,), (case.hidden, case.bottleneck), (case.hidden,))
-    made = (torch.randn(shape, generator=generator) * shape[-1] ** -0.5 for shape in shapes)
-    return tuple(w.to(device(), DTYPE).requires_grad_() for w in made)
+    made = (torch.randn(shape, generator=generator, device=device()) * shape[-1] ** -0.5 for shape in shapes)
+    return tuple(w.to(DTYPE).requires_grad_() for w in made)
 
 
 def picture(case: Case, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(case.batch, 3, case.size, case.size, generator=generator) * 2 - 1).to(device())
+    generator = torch.Generator(device()).manual_seed(seed)
+    return torch.rand(case.batch, 3, case.size, case.size, generator=generator, device=device()) * 2 - 1
 
 
 def through(function: Callable[..., Any], mode: str) -> Callable[..., Any]:
@@ -138,9 +138,9 @@ def test_clean_picture(measure: Measure, case: Case, which: Which, way: str, mod
     require(peer)
     measure(
         op="patch embedding",
-        case=str(case),
+        case=f"{case}, {mode}",  # like is compared with like
         which=which,
-        way=f"{way}, {mode}",
+        way=way,
         function=through(function, mode),
         inputs=lambda seed: (picture(case, seed), *parameters(case, seed), case.patch),
         reference=definition,
@@ -184,9 +184,10 @@ def test_noise_embedding_and_loss(measure: Measure, case: Case, way: str, mode: 
     function = our_step if way == "ours" else plain_step(WAYS[way][0])
 
     def inputs(seed: int) -> tuple[Any, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        t = (torch.rand(case.batch, generator=generator) * 0.9 + 0.1).to(device())
-        prediction = torch.randn(case.batch, case.tokens, case.features, generator=generator).to(device(), DTYPE)
+        generator = torch.Generator(device()).manual_seed(seed)
+        t = torch.rand(case.batch, generator=generator, device=device()) * 0.9 + 0.1
+        rows = torch.randn(case.batch, case.tokens, case.features, generator=generator, device=device())
+        prediction = rows.to(DTYPE)
         x0 = picture(case, seed)
         return (
             x0,
@@ -217,9 +218,9 @@ def test_noise_embedding_and_loss(measure: Measure, case: Case, way: str, mode: 
     values = case.batch * case.tokens * case.features
     measure(
         op="noise + patch embedding + loss",
-        case=str(case),
+        case=f"{case}, {mode}",
         which="both",
-        way=f"{way}, {mode}",
+        way=way,
         function=through(function, mode),
         inputs=inputs,
         verify=error_of_loss_and_its_gradient,

@@ -7,6 +7,7 @@ formulas. Teachers have random weights; captions are embeddings made beforehand.
 turn comes when `PRX_BENCH_SECONDS` are spent are skipped.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from benchmarks import denoisers
 from benchmarks.measure import Measure
 from benchmarks.peers import require
-from benchmarks.roofline import Cost
+from benchmarks.roofline import Cost, newton_schulz, prx_muon_shapes
 from benchmarks.sizes import GPU, Case, cases
 from benchmarks.test_muon import LR, first_update
 from benchmarks.trainer_step import AnyStep, TrainerStep, make_step
@@ -55,8 +56,11 @@ def rows(all_cases: Sequence[Case]) -> list[tuple[str, Case, Way]]:
 def truth(case: Case, routed: bool, teachers: bool) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the plain definition, on the host."""
     exact = TrainingStep(Way("truth", routed=routed, teachers=teachers), case, exact=True)
-    loss = exact.backward(draws_of(case, exact.inputs, seed=0))
-    return float(loss), {name: gradient.cpu() for name, gradient in exact.gradients().items()}
+    loss = float(exact.backward(draws_of(case, exact.inputs, seed=0)))
+    gradients = {name: gradient.cpu() for name, gradient in exact.gradients().items()}
+    del exact
+    gc.collect()  # its hooks refer to it: its memory would be counted with the step's
+    return loss, gradients
 
 
 def error_of_gradients(step: AnyStep) -> float:
@@ -134,6 +138,8 @@ def check(step: AnyStep) -> float:
 def test_step(measure: Measure, op: str, case: Case, way: Way) -> None:
     if way.denoiser == "diffusers":
         require("diffusers")
+    if way.teachers:
+        require("lpips")
     reason = denoisers.missing(way.denoiser)
     if reason:
         pytest.skip(reason)
@@ -145,7 +151,7 @@ def test_step(measure: Measure, op: str, case: Case, way: Way) -> None:
     if way.teachers:
         flop += parts["LPIPS"] + parts["P-DINO"] + parts["REPA teacher"]
     if way.optimizer == "muon":
-        flop += parts["Newton-Schulz, one GPU"]
+        flop += newton_schulz(prx_muon_shapes(case.config), "gram")
     try:
         measure(
             op=op,

@@ -1,6 +1,7 @@
 """Entering and leaving a TREAD route: ours, and three published ways, each written here as a plain definition.
 
-All get the same kept sets; drawing them is timed by itself. The reference for all is a scatter of the kept rows.
+All get the same kept sets; drawing them is timed by itself. The reference for all is a scatter of the kept rows. The
+rows that enter are an output too: blocks would read them, and a compiler leaves out what nobody reads.
 """
 
 from collections.abc import Callable
@@ -41,25 +42,30 @@ SIZES = ((32, 256), (16, 1024), (8, 4096)) if GPU else ((2, 16),)
 CASES = [Case(b, n, c) for b, n in SIZES for c in ((1792, 1152) if GPU else (32,))]
 
 
-def ours(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Tensor:
+Rows = tuple[Tensor, Tensor]
+"""What leaves, and what entered."""
+
+
+def ours(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Rows:
     y, byp = prx_kernels.enter_route(x, keep)
-    return prx_kernels.exit_route(_block(y, update), byp, keep)
+    return prx_kernels.exit_route(_block(y, update), byp, keep), y.detach()
 
 
-def prx(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Tensor:
+def prx(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Rows:
     """The PRX repository's: both parts gathered, both scattered into zeros."""
     y, skipped = _take(x, keep), _take(x, complement)
-    out = _block(y, update).new_zeros(x.shape)
-    out = out.scatter(1, _wide(keep, x), _block(y, update))
-    return out.scatter(1, _wide(complement, x), skipped)
+    updated = _block(y, update)
+    out = updated.new_zeros(x.shape).scatter(1, _wide(keep, x), updated)
+    return out.scatter(1, _wide(complement, x), skipped), y.detach()
 
 
-def compvis(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Tensor:
+def compvis(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Rows:
     """CompVis' TREAD: the kept rows gathered, and scattered into a copy of what came before."""
-    return x.scatter(1, _wide(keep, x), _block(_take(x, keep), update))
+    y = _take(x, keep)
+    return x.scatter(1, _wide(keep, x), _block(y, update)), y.detach()
 
 
-def simpletuner(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Tensor:
+def simpletuner(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Rows:
     """SimpleTuner's: all rows shuffled, cut; both parts put behind one another, and all rows shuffled back."""
     shuffle = torch.cat((keep, complement), dim=1)
     restore = torch.argsort(shuffle, dim=1)
@@ -68,12 +74,13 @@ def simpletuner(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> 
     joined = torch.empty_like(x)
     joined[:, :kept] = _block(y, update)
     joined[:, kept:] = torch.take_along_dim(x, _wide(shuffle, x), dim=1)[:, kept:]
-    return torch.take_along_dim(joined, _wide(restore, x), dim=1)
+    return torch.take_along_dim(joined, _wide(restore, x), dim=1), y.detach()
 
 
-def definition(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Tensor:
+def definition(x: Tensor, keep: Tensor, complement: Tensor, update: Tensor) -> Rows:
     """The truth that all are checked against."""
-    return reference.scatter_tokens(x, _block(reference.gather_tokens(x, keep), update), keep)
+    y = reference.gather_tokens(x, keep)
+    return reference.scatter_tokens(x, _block(y, update), keep), y.detach()
 
 
 def _block(y: Tensor, update: Tensor) -> Tensor:
@@ -102,17 +109,17 @@ def _wide(index: Tensor, x: Tensor) -> Tensor:
     return index.unsqueeze(-1).expand(-1, -1, x.shape[-1])
 
 
-WAYS: dict[str, Callable[..., Tensor]] = {"ours": ours, "PRX": prx, "CompVis": compvis, "SimpleTuner": simpletuner}
+WAYS: dict[str, Callable[..., Rows]] = {"ours": ours, "PRX": prx, "CompVis": compvis, "SimpleTuner": simpletuner}
 
 
 def make_inputs(case: Case) -> Callable[[int], tuple[Tensor, ...]]:
     def inputs(seed: int) -> tuple[Tensor, ...]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device()).manual_seed(seed)
         x, update = (
-            torch.randn(case.batch, n, case.channels, generator=generator).to(device(), DTYPE)
+            torch.randn(case.batch, n, case.channels, generator=generator, device=device()).to(DTYPE)
             for n in (case.tokens, case.kept)
         )
-        order = torch.rand(case.batch, case.tokens, generator=generator).argsort(dim=1).to(device())
+        order = torch.rand(case.batch, case.tokens, generator=generator, device=device()).argsort(dim=1)
         keep, complement = (part.sort(dim=1).values for part in order.split([case.kept, case.tokens - case.kept], 1))
         return x.requires_grad_(), keep, complement, update
 
@@ -128,9 +135,9 @@ def test_enter_and_exit(measure: Measure, case: Case, which: Which, way: str, mo
     element = torch.tensor([], dtype=DTYPE).element_size()
     measure(
         op="enter + exit route",
-        case=str(case),
+        case=f"{case}, {mode}",  # like is compared with like
         which=which,
-        way=f"{way}, {mode}",
+        way=way,
         function=function,
         inputs=make_inputs(case),
         reference=definition,
@@ -210,7 +217,7 @@ def test_gate_and_exit(measure: Measure, case: Case, which: Which, way: str) -> 
 
     def inputs(seed: int) -> tuple[Tensor, ...]:
         x, keep, _, y = base(seed)
-        branch = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed + 1)).to(y)
+        branch = torch.randn(y.shape, generator=torch.Generator(device()).manual_seed(seed + 1), device=device()).to(y)
         return x, keep, y.requires_grad_(), branch.requires_grad_(), *_vectors(case, seed, 1)
 
     rows, full = (case.batch * n * case.channels * x_bytes() for n in (case.kept, case.tokens))
@@ -263,9 +270,9 @@ def test_sample_keep(measure: Measure, case: Case, way: str) -> None:
 
 
 def _vectors(case: Case, seed: int, count: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(10_000 + seed)
+    generator = torch.Generator(device()).manual_seed(10_000 + seed)
     return tuple(
-        torch.randn(case.batch, case.channels, generator=generator).to(device(), DTYPE).requires_grad_()
+        torch.randn(case.batch, case.channels, generator=generator, device=device()).to(DTYPE).requires_grad_()
         for _ in range(count)
     )
 

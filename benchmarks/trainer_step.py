@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import denoisers
 from benchmarks.sizes import Case
-from benchmarks.training_step import Draws, TrainingStep, Way, make_inputs, recipe_of
+from benchmarks.training_step import Draws, TrainingStep, Way, make_inputs, random_teachers, recipe_of
 from prx_kernels.muon_owners import local
 from train import parallel
 from train import step as train_step
@@ -45,7 +45,8 @@ class TrainerStep:
         with ShardWriter(Path(self._folder.name), Encoding.of(self.recipe.text), rank=0) as cache:
             cache.add(captions, self.inputs.packed.tokens[: sum(case.lengths())].cpu(), case.lengths())
             cache.flush()
-        self.learner = Learner(self.recipe, parallel.start(self.recipe.train, self.recipe.parallel))
+        with patch.object(train_step, "build_teachers", lambda recipe, device: random_teachers(recipe)):
+            self.learner = Learner(self.recipe, parallel.start(self.recipe.train, self.recipe.parallel))
         parallel.fill(self.learner.modules.model, denoisers.random_weights(case.config).items())
         weights = dict(self.learner.parameters)
         self.learner.ema.load_state_dict({name: weights[name] for name in self.learner.ema.names})

@@ -4,6 +4,7 @@ What `test_step.py` times and `profile_step.py` looks into. `backward` and `upda
 `backward` can be given the same draws, which is how their losses and gradients are compared.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -58,7 +59,7 @@ def _ladder() -> tuple[Way, ...]:
     for name, changes in (
         ("+ compiled", {"compiled": True}),
         ("+ routing", {"routed": True}),
-        ("+ kernels", {"denoiser": "ours"}),
+        ("+ our model, kernels and optimizers", {"denoiser": "ours"}),
         ("+ packed text", {"packed": True}),
         ("+ teachers", {"teachers": True}),
         ("+ Muon", {"optimizer": "muon"}),
@@ -146,11 +147,19 @@ def recipe_of(way: Way, case: Case) -> Recipe:
 
 
 def random_teachers(recipe: Recipe) -> dict[str, Teacher]:
-    """A recipe's teachers, with the same random weights every time."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of random weights, which are asked for here
-        torch.manual_seed(0)
-        return build_teachers(recipe, device())
+    """A recipe's teachers, with the same random weights every time; drawn once, which takes a while on the host."""
+    key = repr((recipe.model.hidden_size, recipe.repa, recipe.lpips, recipe.pdino))
+    if key not in _drawn_teachers:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of random weights, which are asked for here
+            _drawn_teachers.clear()
+            made = build_teachers(recipe, device())
+        _drawn_teachers[key] = {name: teacher.to_device(torch.device("cpu")) for name, teacher in made.items()}
+    return {name: copy.deepcopy(teacher).to_device(device()) for name, teacher in _drawn_teachers[key].items()}
+
+
+_drawn_teachers: dict[str, dict[str, Teacher]] = {}
+"""On the host, as `build_teachers` made them."""
 
 
 class TrainingStep:

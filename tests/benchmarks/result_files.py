@@ -29,7 +29,7 @@ def rows() -> list[Row]:
     ]
     for case, seconds in ((ROW.case, 0.08), (SECOND, 0.12)):
         made.append(replace(ROW, op="training step, without optimizer", case=case, seconds=seconds))
-    for way, seconds in (("plain, eager", 0.2), ("+ compiled", 0.15), ("+ kernels", 0.05), ("+ teachers", 0.09)):
+    for way, seconds in (("plain, eager", 0.2), ("+ compiled", 0.15), ("+ our model", 0.05), ("+ teachers", 0.09)):
         made.append(replace(ROW, op="training step, built up", way=way, ours=False, seconds=seconds))
     made += [KERNEL, replace(KERNEL, way="PRX, compiled", ours=False, seconds=25e-6)]
     newton = "Newton-Schulz, Jordan, 5 steps"

@@ -12,13 +12,16 @@ from benchmarks.profile_step import kind_of, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Writes what each part's program would write, logs its arguments, and fails where FAIL is among them.
+# Writes what each part's program would write, logs its arguments, and fails where FAIL is among them: benchmarks then
+# without rows, or with ROWS. MISSING is a module that it does not have.
 STAND_IN = """#!/usr/bin/env bash
 echo "$*${NOTE:+ PRX_BENCH_SECONDS=$PRX_BENCH_SECONDS}" >> "$CALLS"
-case "$*" in *"${FAIL:-nothing}"*) exit 3 ;; esac
+case "$*" in *"'${MISSING:-nothing}'"*) exit 1 ;; esac
 for word in "$@"; do
-  case "$word" in --benchmark-json=*) echo '{}' > "${word#--benchmark-json=}" ;; esac
+  case "$word" in --benchmark-json=*) echo "${ROWS:-}" > "${word#--benchmark-json=}" ;; esac
 done
+case "$*" in *"${FAIL:-nothing}"*) exit 3 ;; esac
+case "$1 $2" in "-m benchmarks.summary") grep -q row "$3" || exit 1 ;; esac
 case "$*" in *profile_step*) echo '{}' > "$OUTPUT/profile-512.json" ;; esac
 echo "last line"
 """
@@ -41,7 +44,9 @@ def run(tmp_path: Path, *parts: str, **environment: str) -> subprocess.Completed
 
 
 def calls(tmp_path: Path) -> list[str]:
-    return (tmp_path / "calls").read_text().splitlines()
+    """The parts' programs that ran."""
+    lines = (tmp_path / "calls").read_text().splitlines()
+    return [line for line in lines if "benchmarks.summary" not in line and "find_spec" not in line]
 
 
 def test_all_parts_run_once_and_are_not_repeated(tmp_path):
@@ -49,16 +54,17 @@ def test_all_parts_run_once_and_are_not_repeated(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = {"gpu-tests.txt", "kernels.json", "step.json", "profile-512.json", "train.txt"}
     assert results <= {path.name for path in (tmp_path / "out").iterdir()}
-    first = [call for call in calls(tmp_path) if "benchmarks.summary" not in call]
+    first = calls(tmp_path)
     assert len(first) == 5
-    assert "benchmarks/test_token_routing.py" in first[1]
+    assert "benchmarks/test_newton_schulz.py benchmarks/test_muon.py benchmarks/test_token_routing.py" in first[1]
+    assert "-k not wall" in first[1]
     assert "benchmarks/test_step.py" not in first[1]
     assert "benchmarks/test_step.py" in first[2]
     (tmp_path / "out" / "step.json").unlink()
     again = run(tmp_path)
     assert again.returncode == 0
     assert again.stdout.count("done before") == 4
-    later = [call for call in calls(tmp_path)[len(first) :] if "benchmarks.summary" not in call]
+    later = calls(tmp_path)[len(first) :]
     assert len(later) == 1
     assert "benchmarks/test_step.py" in later[0]
 
@@ -69,6 +75,24 @@ def test_a_failing_part_is_named_keeps_no_result_and_does_not_stop_the_others(tm
     assert "kernels: FAILED with code 3, see kernels.log" in done.stdout
     assert not (tmp_path / "out" / "kernels.json").exists()
     assert (tmp_path / "out" / "train.txt").exists()
+
+
+def test_rows_that_were_measured_outlive_those_that_failed(tmp_path):
+    done = run(tmp_path, "kernels", FAIL="benchmark-only", ROWS="rows")
+    assert done.returncode == 1
+    assert "kernels: FAILED with code 3, see kernels.log" in done.stdout
+    assert "kernels: what was measured is kept" in done.stdout
+    assert (tmp_path / "out" / "kernels.json").read_text() == "rows\n"
+
+
+def test_what_a_missing_package_skips_is_said_and_is_no_failure(tmp_path):
+    done = run(tmp_path, "profile", "train", MISSING="tyro")
+    assert done.returncode == 0, done.stdout
+    assert "train: skipped, tyro is not installed; carry its wheel" in done.stdout
+    assert not (tmp_path / "out" / "train.txt").exists()
+    done = run(tmp_path, "profile", "step", MISSING="lpips")
+    assert "step with teachers: skipped, lpips is not installed" in done.stdout
+    assert (tmp_path / "out" / "step.json").exists()
 
 
 def test_wrong_use_is_a_sentence(tmp_path):
@@ -85,15 +109,15 @@ def test_the_usual_parts_limits_add_up_to_less_than_nine_minutes() -> None:
     assert usual is not None
     assert sum(limits[name] for name in usual[1].split()) < 540
     assert max(limits.values()) < 540
-    rests = re.findall(r"bench ([a-z]+) (\d+) (\d+) ", words)
-    assert {name for name, _, _ in rests} == {"kernels", "step", "steps", "pointwise"}
-    assert all(20 <= int(rest) < int(limit) for _, limit, rest in rests)
+    rests = re.findall(r"bench ([a-z-]+) (\d+) (\d+) ", words)
+    assert {name for name, _, _ in rests} == {"kernels", "all-kernels", "step", "steps", "pointwise"}
+    assert all(15 <= int(rest) < int(limit) for _, limit, rest in rests)
 
 
 def test_benchmarks_are_told_how_long_they_may_begin_rows(tmp_path: Path) -> None:
     run(tmp_path, "step", NOTE="1")
     (line,) = [line for line in calls(tmp_path) if "benchmarks/test_step.py" in line]
-    assert line.endswith("PRX_BENCH_SECONDS=85")
+    assert line.endswith("PRX_BENCH_SECONDS=120")
 
 
 def test_a_part_ends_at_its_limit_and_keeps_no_result(tmp_path: Path) -> None:
@@ -102,7 +126,7 @@ def test_a_part_ends_at_its_limit_and_keeps_no_result(tmp_path: Path) -> None:
     short = re.sub(r"part train \d+ ", "part train 1 ", script)
     (tmp_path / "benchmarks" / "run_h200.sh").write_text(short)
     sleeper = tmp_path / "python"
-    sleeper.write_text("#!/usr/bin/env bash\nexec sleep 30\n")
+    sleeper.write_text('#!/usr/bin/env bash\n[ "$1" = -c ] || exec sleep 30\n')
     sleeper.chmod(0o755)
     done = subprocess.run(
         ["bash", str(tmp_path / "benchmarks" / "run_h200.sh"), str(tmp_path / "out"), "train"],
