@@ -7,6 +7,7 @@ or torchrun's `--max-restarts`, goes on from the last checkpoint.
 import faulthandler
 import signal
 import sys
+import time
 from collections import deque
 from types import FrameType, TracebackType
 from typing import Any
@@ -23,6 +24,10 @@ EXIT_RESUME = 75
 """Exit code of a run that was asked to stop and saved: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 
+AGAIN_SECONDS = 1.0
+"""After which another Ctrl-C is a second one."""
+
+
 class Interrupted(Exception):
     """All ranks agreed to stop, in the middle of something that need not be finished."""
 
@@ -30,11 +35,13 @@ class Interrupted(Exception):
 class StopSignals:
     """SIGINT, SIGTERM and SIGUSR1 to any one rank ask all of them to save and stop; a second Ctrl-C stops at once.
 
-    Slurm sends SIGTERM before it takes a node, or SIGUSR1 where it is told so (`--signal=USR1@120`).
+    Slurm sends SIGTERM before it takes a node, or SIGUSR1 where it is told so (`--signal=USR1@120`). What comes within
+    `AGAIN_SECONDS` of the first is the same request: `uv run` and torchrun pass on what the terminal sends too.
     """
 
     def __init__(self, world: World) -> None:
         self.world, self.asked = world, False
+        self._first = 0.0
 
     def __enter__(self) -> "StopSignals":
         wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -48,7 +55,10 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
+        now = time.monotonic()
+        if not self.asked:
+            self._first = now
+        elif number == signal.SIGINT and now - self._first > AGAIN_SECONDS:
             raise KeyboardInterrupt
         self.asked = True
 

@@ -5,6 +5,7 @@ A batch knows its global sample positions: they are the ids from which noise, ti
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ from train.data.scenes import ScenesDataset
 from train.data.settings import Data
 from train.data.shapes import ShapesDataset
 from train.data.storage import Storage
+from train.data.worker_signals import born_shielded, end_by_parent_only
 from train.errors import UserError
 from train.parallel import World
 from train.randomness import derive_seed
@@ -167,19 +169,22 @@ def batches(
         multiprocessing_context="spawn" if workers else None,
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=end_by_parent_only,
     )
     return _on_device(loader, world.device)
 
 
 def _on_device(loader: "DataLoader[Any]", device: torch.device) -> Iterator[Batch]:
     try:
+        with born_shielded() if loader.num_workers else nullcontext():
+            loaded = iter(loader)
         if device.type != "cuda":
-            for batch in loader:
+            for batch in loaded:
                 yield batch.to(device)
             return
         # On a stream of its own a copy runs beside the kernels of the step before, which are still queued.
         aside = torch.cuda.Stream(device)
-        for batch in loader:
+        for batch in loaded:
             with torch.cuda.stream(aside):
                 copied = batch.to(device)
             current = torch.cuda.current_stream(device)
