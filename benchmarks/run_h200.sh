@@ -7,7 +7,7 @@
 # On their own, most of nine minutes each: steps does every row of the step, all-kernels every row of the kernels, wall
 # time too (step and kernels only those that come first). pointwise times what stands between a block's matrix products,
 # which is read beside the profile.
-# Works from a checkout, offline, with the python that is there (PYTHON=…): torch >= 2.11, Triton >= 3.6, pytest,
+# Works from a checkout, offline, with PYTHON=…, else .venv's, else python3: torch >= 2.11, Triton >= 3.6, pytest,
 # pytest-benchmark. Without lpips rows with teachers, and the profile, are skipped; without tyro train is. Other
 # packages that are missing skip their rows. PRX_COMMIT names the commit where git does not know.
 set -uo pipefail
@@ -17,7 +17,7 @@ out=$(mkdir -p "$1" && cd "$1" && pwd) || { echo "cannot write to $1" >&2; exit 
 shift
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(gpu-tests kernels step profile train)
-python=${PYTHON:-python3}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
 

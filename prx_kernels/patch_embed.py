@@ -134,6 +134,10 @@ class BottleneckPatchEmbed(nn.Module):
             TypeError: anything else than that.
             ValueError: the first map does not take in_channels·p² features for a whole p, or the maps do not fit.
         """
+        if not isinstance(in_channels, int):
+            raise TypeError(
+                f"in_channels must be an int, got {type(in_channels).__name__}; put two Linear into one Sequential"
+            )
         maps = [layers] if isinstance(layers, nn.Linear) else list(layers.children())
         if not 1 <= len(maps) <= 2 or not all(isinstance(layer, nn.Linear) for layer in maps):
             kinds = ", ".join(type(layer).__name__ for layer in maps)

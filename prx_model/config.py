@@ -87,7 +87,7 @@ def prx_1_2b() -> PRXConfig:
 
 
 def prx_tiny() -> PRXConfig:
-    """The model of the `shapes` preset: 128 wide, 4 deep, patch 8, byte-level text; about 1.5 M parameters."""
+    """The model of the `shapes` preset: 128 wide, 4 deep, patch 8, byte-level text; 1.6 M parameters."""
     return PRXConfig(
         patch_size=8,
         context_in_dim=128,

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.errors import UserError, exit_with_sentence  # noqa: E402
+from train.recipes import Recipe  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,17 @@ def main() -> int:
         raise UserError(f"there is no folder {arguments.run}; give a run's folder, or one of its checkpoints/step-N")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise UserError(f"--out {arguments.out} exists and is not an empty folder; nothing was written")
-    export(arguments.run, arguments.out, weights=arguments.weights)
-    print(f"{arguments.out}: PRXPixelPipeline.from_pretrained({str(arguments.out)!r})")
+    sampling = export(arguments.run, arguments.out, weights=arguments.weights).sampling
+    print(f"{arguments.out}: pipeline = PRXPixelPipeline.from_pretrained({str(arguments.out)!r})")
+    print(
+        f"pipeline(prompt, num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance:g}, "
+        "use_resolution_binning=False) draws as this run did"
+    )
     return 0
 
 
-def export(run: Path, out: Path, *, weights: Literal["ema", "raw"] = "ema") -> None:
-    """Write the pipeline of a run or checkpoint to `out`.
+def export(run: Path, out: Path, *, weights: Literal["ema", "raw"] = "ema") -> Recipe:
+    """Write the pipeline of a run or checkpoint to `out`; gives the run's recipe.
 
     Pictures are drawn by `pipeline(prompt, num_inference_steps=…, guidance_scale=…, use_resolution_binning=False)`;
     for the same noise they equal `prx_model.sample`'s.
@@ -84,6 +89,7 @@ def export(run: Path, out: Path, *, weights: Literal["ema", "raw"] = "ema") -> N
         noise_scale=recipe.sampling.noise_scale,
     )
     pipeline.save_pretrained(out, safe_serialization=True)
+    return recipe
 
 
 def _text(tower: Any) -> tuple[Any, Any]:

@@ -166,11 +166,17 @@ def _print_stage(recipe: Recipe, assumed: DryRun) -> float:
 
 def time_line(recipe: Recipe, assumed: DryRun, cost: Projection) -> str:
     """Steps, seconds, hours and dollars, and what they assume."""
+    tiny = "; a step this short is bound by its launches, and takes milliseconds" if cost.step_seconds < 5e-3 else ""
     return (
         f"{recipe.train.steps:,} steps on {assumed.gpus} GPUs at {assumed.mfu:.0%} denoiser MFU of "
-        f"{assumed.peak_tflops:g} TFLOP/s: {cost.step_seconds * 1e3:.1f} ms a step, {cost.hours:.2f} h, "
-        f"${cost.dollars:,.0f} at ${assumed.dollars_per_hour:g} a GPU-hour"
+        f"{assumed.peak_tflops:g} TFLOP/s: {milliseconds(cost.step_seconds)} ms a step, {cost.hours:.2f} h, "
+        f"${cost.dollars:,.0f} at ${assumed.dollars_per_hour:g} a GPU-hour{tiny}"
     )
+
+
+def milliseconds(seconds: float) -> str:
+    """One decimal, or two digits of what is shorter than a millisecond."""
+    return f"{seconds * 1e3:.1f}" if seconds >= 1e-3 else f"{seconds * 1e3:.2g}"
 
 
 def text_cache_line(recipe: Recipe) -> str:

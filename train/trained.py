@@ -1,5 +1,6 @@
 """A trained model from a run's folder or one of its checkpoints, ready to draw."""
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ class Trained:
 
 
 def load_trained(path: Path, device: torch.device, *, weights: Literal["ema", "raw"] = "ema") -> Trained:
-    """Load the newest whole checkpoint of a run's folder, or a given step-N folder.
+    """Load the newest whole checkpoint of a run's folder, naming damaged ones on stderr, or a given step-N folder.
 
     Args:
         path: runs/<name>, or runs/<name>/checkpoints/step-N.
@@ -63,9 +64,13 @@ def _find(path: Path, names: tuple[str, ...]) -> tuple[checkpoint.Saved, Path]:
         messages = []
         for folder in reversed(checkpoint.complete(path)):
             try:
-                return checkpoint.load(folder, names=names), folder
+                found = checkpoint.load(folder, names=names), folder
             except UserError as error:
                 messages.append(str(error))
+                continue
+            for message in messages:
+                print(f"warning: {message}; taking the checkpoint before it", file=sys.stderr)
+            return found
         raise UserError(
             "; ".join(messages) or f"{path} has no complete checkpoint yet; let the run go on until it saves"
         )

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 from train import checkpoint
 from train.faults import EXIT_RESUME
 
@@ -79,7 +77,9 @@ def test_a_group_that_is_asked_to_stop_saves(tmp_path: Path) -> None:
     assert process.returncode == EXIT_RESUME, output
     assert "the same command goes on from" in output
     (reached,) = [word for word in output.splitlines() if "stopped at step" in word]
-    assert checkpoint.complete(tmp_path / "scenes")[-1].name.endswith(reached.split("stopped at step ")[1].split(";")[0])
+    assert checkpoint.complete(tmp_path / "scenes")[-1].name.endswith(
+        reached.split("stopped at step ")[1].split(";")[0]
+    )
 
 
 def test_one_request_may_come_twice_and_while_workers_start(tmp_path: Path) -> None:

@@ -82,9 +82,10 @@ class ImageDataset:
         settings = [("caption_columns", name) for name in caption_columns] + [("style_column", style_column)]
         for setting, name in settings:
             if name not in index.columns and name != "":
+                without = "; --data.style-column= does without" if setting == "style_column" else ""
                 raise UserError(
                     f"{index.path} has no column {name!r} ({setting}); its columns are "
-                    f"{', '.join(index.columns)}{nearest(name, index.columns)}"
+                    f"{', '.join(index.columns)}{nearest(name, index.columns)}{without}"
                 )
         self.index, self.height, self.width, self.seed = index, height, width, seed
         self.caption_columns, self.flip, self.shuffle = tuple(caption_columns), flip, shuffle
