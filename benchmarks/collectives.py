@@ -1,20 +1,23 @@
 """Bytes that a step's collectives move by formula, how long a network takes for them, and what really moved.
 
 Volumes are bytes that one rank receives from the others in a step. `python -m benchmarks.project --check` holds the
-formulas to `Moved`'s count of a real step on 2 and 4 gloo ranks.
+formulas to `Moved`'s count of a real step on gloo ranks, under FSDP, HSDP and DDP.
 """
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.roofline import newton_schulz
-from prx_kernels import assign_owners
+from prx_kernels.muon_distributed import Exchange
+from prx_kernels.muon_owners import Block, Layout
 
 Shape = tuple[int, ...]
 
@@ -42,53 +45,96 @@ class Network:
     def ranks(self) -> int:
         return self.nodes * self.gpus
 
-    def all_gather(self, nbytes: float) -> float:
-        """Seconds to have `nbytes`, sharded over all ranks, on every rank; a reduce-scatter takes as long.
+    def groups(self, layout: Layout) -> tuple["Network", "Network"]:
+        """The ranks of one shard group, which follow one another, and those that hold the same shard.
+
+        Raises:
+            ValueError: shards that fill neither nodes nor even parts of one.
+        """
+        gpus = min(layout.shards, self.gpus)
+        nodes = layout.shards // gpus
+        if nodes * gpus != layout.shards or self.gpus % gpus or self.nodes % nodes or layout.ranks != self.ranks:
+            raise ValueError(
+                f"{layout.replicas} replicas of {layout.shards} shards must fill {self.nodes} nodes of {self.gpus} "
+                "GPUs, each shard group whole nodes or an even part of one"
+            )
+        return (
+            replace(self, nodes=nodes, gpus=gpus),
+            replace(self, nodes=self.nodes // nodes, gpus=self.gpus // gpus),
+        )
+
+    def ring(self, nbytes: float, calls: int = 1) -> float:
+        """Seconds for every rank to receive `nbytes` in all-gathers or reduce-scatters; an all-reduce is one of each.
 
         Along its rail a rank receives the (nodes-1) shards of its place, within the node the other places' shares.
         """
-        across = (self.nodes - 1) * (nbytes / self.ranks / self.infiniband + self.infiniband_latency)
-        within = (self.gpus - 1) * (nbytes / self.gpus / self.nvlink + self.nvlink_latency)
+        if self.ranks == 1:
+            return 0.0
+        whole = nbytes * self.ranks / (self.ranks - 1)
+        across = (self.nodes - 1) * (whole / self.ranks / self.infiniband + calls * self.infiniband_latency)
+        within = (self.gpus - 1) * (whole / self.gpus / self.nvlink + calls * self.nvlink_latency)
         return across + within
 
-    def all_to_all(self, nbytes: float) -> float:
+    def all_to_all(self, nbytes: float, calls: int = 1) -> float:
         """Seconds for every rank to receive `nbytes` in all, alike from each other rank; both links work at once."""
         if self.ranks == 1:
             return 0.0
         share = nbytes / (self.ranks - 1)
-        across = (self.nodes - 1) * self.gpus * share / self.infiniband + (self.nodes > 1) * self.infiniband_latency
-        within = (self.gpus - 1) * share / self.nvlink + (self.gpus > 1) * self.nvlink_latency
-        return max(across, within)
+        across = (self.nodes - 1) * self.gpus * share / self.infiniband
+        within = (self.gpus - 1) * share / self.nvlink
+        return max(
+            across + calls * (self.nodes > 1) * self.infiniband_latency,
+            within + calls * (self.gpus > 1) * self.nvlink_latency,
+        )
 
 
 @dataclass(frozen=True)
 class Volumes:
-    """Bytes that a rank receives from the others in a step."""
+    """Bytes that a rank receives from the others in a step: of its shard group, and of the replicas of its shard.
+
+    An all-reduce over r ranks counts as a ring's, 2(r-1)/r of its tensor.
+    """
 
     all_gather: float = 0.0
     reduce_scatter: float = 0.0
     all_to_all: float = 0.0
+    all_reduce: float = 0.0
+    replica_all_gather: float = 0.0
+    replica_all_reduce: float = 0.0
+
+    def __add__(self, other: "Volumes") -> "Volumes":
+        return Volumes(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in fields(self)))
 
 
-def sharded(shapes: Sequence[Shape], ranks: int) -> list[int]:
-    """Numbers of each parameter as FSDP2 sends them: rows padded to whole shards of ⌈rows / ranks⌉."""
-    return [-(-shape[0] // ranks) * ranks * math.prod(shape[1:]) for shape in shapes]
+def all_reduced(nbytes: float, ranks: int) -> float:
+    """Bytes that a rank receives in a ring's all-reduce: a reduce-scatter, then an all-gather."""
+    return 2.0 * (ranks - 1) * nbytes / ranks
 
 
-def fsdp_step(blocks: Sequence[Sequence[Shape]], root: Sequence[Shape], ranks: int) -> Volumes:
-    """FSDP2 with a group a block, bf16 parameters and fp32 gradients (DESIGN.md's policy).
+def sharded(shapes: Sequence[Shape], shards: int) -> list[int]:
+    """Numbers of each parameter as FSDP2 sends them: rows padded to whole shards of ⌈rows / shards⌉."""
+    return [-(-shape[0] // shards) * shards * math.prod(shape[1:]) for shape in shapes]
 
-    Blocks are freed after their forward, so they are gathered twice a step; what the root holds is gathered once.
+
+def fsdp_step(groups: Sequence[Sequence[Shape]], layout: Layout, *, reshard: bool) -> Volumes:
+    """FSDP2 over the shapes of each group of parameters, as train/parallel.py sets it up.
+
+    bf16 weights are gathered among the shards, once for forward and, where they are dropped after it, once more for
+    backward: the root's too, as `reshard_after_forward` is given for it. float32 gradients are reduce-scattered among
+    the shards, then each shard's sum is all-reduced over its replicas.
     """
-    in_blocks = sum(sum(sharded(shapes, ranks)) for shapes in blocks)
-    in_root = sum(sharded(root, ranks))
-    others = (ranks - 1) / ranks
-    return Volumes(others * 2.0 * (2 * in_blocks + in_root), others * 4.0 * (in_blocks + in_root))
+    numbers = sum(sum(sharded(shapes, layout.shards)) for shapes in groups)
+    others = (layout.shards - 1) / layout.shards
+    return Volumes(
+        all_gather=others * 2.0 * numbers * gathers(reshard=reshard),
+        reduce_scatter=others * 4.0 * numbers,
+        replica_all_reduce=all_reduced(4.0 * numbers / layout.shards, layout.replicas),
+    )
 
 
-def muon_owners(shapes: Sequence[tuple[int, int]], ranks: int) -> list[int]:
-    """Which rank orthogonalises each matrix, as `prx_kernels.Muon` assigns them: by the Gram form's work."""
-    return assign_owners([gram_flop(shape) for shape in shapes], ranks)
+def gathers(*, reshard: bool) -> int:
+    """How often a step gathers a group's weights."""
+    return 2 if reshard else 1
 
 
 def gram_flop(shape: tuple[int, int]) -> float:
@@ -96,35 +142,50 @@ def gram_flop(shape: tuple[int, int]) -> float:
     return min(newton_schulz([shape], algorithm) for algorithm in ("gram", "standard"))
 
 
-def muon_step(shapes: Sequence[tuple[int, int]], ranks: int, rank: int) -> Volumes:
-    """Muon's exchange, both ways in bf16: the rows of owned matrices that others hold, and own rows of others' updates.
+def muon_exchange(shapes: Sequence[tuple[int, int]], layout: Layout) -> Exchange:
+    """Owners and buckets as `prx_kernels.Muon` plans them: matrices over all ranks, by the Gram form's work."""
+    blocks = [Block(rows, 0, rows, columns, gram_flop((rows, columns))) for rows, columns in shapes]
+    return Exchange(blocks, layout, torch.bfloat16, torch.device("meta"))
 
-    Rows lie in shards of ⌈rows / ranks⌉, the last ones short or empty; nothing is padded on the way.
+
+def muon_step(shapes: Sequence[tuple[int, int]], layout: Layout) -> Volumes:
+    """Muon's exchange in bf16, of the rank that `layout` names.
+
+    Among the shards, both ways: the rows of owned matrices that others hold, and own rows of the updates of matrices
+    that others of this replica own. Rows lie in shards of ⌈rows / shards⌉, the last ones short or empty, unpadded.
+    Then every replica's updates of these rows go to all other replicas, each bucket as wide as the fullest replica's.
     """
+    exchange, received = muon_exchange(shapes, layout), 0
+    for (height, width), owner in zip(shapes, exchange.owners, strict=True):
+        chunk = -(-height // layout.shards)
+        here = max(min((layout.shard + 1) * chunk, height) - layout.shard * chunk, 0)
+        replica, shard = divmod(owner, layout.shards)
+        if replica == layout.replica:
+            received += width * ((height - here) if shard == layout.shard else here)
+    updates = (layout.replicas - 1) * sum(bucket.width for bucket in exchange.buckets)
+    return Volumes(all_to_all=2.0 * received, replica_all_gather=2.0 * updates)
 
-    def rows(height: int) -> int:
-        chunk = -(-height // ranks)
-        return max(min((rank + 1) * chunk, height) - rank * chunk, 0)
 
-    received = 0
-    for (height, width), owner in zip(shapes, muon_owners(shapes, ranks), strict=True):
-        here = rows(height)
-        received += width * ((height - here) if owner == rank else here)
-    return Volumes(all_to_all=2.0 * received)
+def agreements(layout: Layout) -> Volumes:
+    """Single numbers that the ranks agree on: the gradient's norm, whether AdamW's part is finite, matrices skipped."""
+    norm, finite, skipped = 4.0, 4.0, 8.0
+    return Volumes(
+        all_reduce=all_reduced(norm + finite + skipped, layout.shards),
+        replica_all_reduce=all_reduced(finite, layout.replicas),
+    )
 
 
 class Moved(TorchDispatchMode):
     """Counts what collectives of torch.distributed move while it is on: bytes received from other ranks, by kind.
 
     Each op's tensors are looked at as it is launched, so what is counted is what is given to the backend, whoever
-    calls it: FSDP2, an optimizer, a loss.
+    calls it: FSDP2, an optimizer, a loss. Kinds are the fields of `Volumes`; those over `replicas` begin so.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, replicas: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        self.rank = rank
-        self.nbytes: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
+        self.replicas = replicas
+        self.nbytes: defaultdict[str, float] = defaultdict(float)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = func._schema.name.partition("::")
@@ -134,22 +195,25 @@ class Moved(TorchDispatchMode):
 
     def _count(self, name: str, args: Any) -> None:
         if name == "_allgather_base_":
-            self._add("all_gather", _size(args[0]) - _size(args[1]))
+            self._add("all_gather", args[2], _size(args[0]) - _size(args[1]))
         elif name == "_reduce_scatter_base_":
             # The partial sums of the other ranks for this rank's share.
-            self._add("reduce_scatter", _size(args[1]) - _size(args[0]))
+            self._add("reduce_scatter", args[2], _size(args[1]) - _size(args[0]))
         elif name == "alltoall_base_":
-            output, splits = args[0], args[3]
+            output, group, splits = args[0], dist.ProcessGroup.unbox(args[2]), args[3]
             row = _size(output) // max(output.shape[0], 1)
-            self._add("all_to_all", _size(output) - (splits[self.rank] * row if splits else 0))
+            own = splits[group.rank()] * row if splits else _size(output) // group.size()
+            self._add("all_to_all", args[2], _size(output) - own)
         elif name == "allreduce_":
-            self._add("all_reduce", sum(_size(tensor) for tensor in args[0]))
+            ranks = dist.ProcessGroup.unbox(args[1]).size()
+            self._add("all_reduce", args[1], sum(all_reduced(_size(tensor), ranks) for tensor in args[0]))
         elif name not in ("barrier", "monitored_barrier_"):
             raise ValueError(f"collective {name} is not counted; benchmarks/collectives.py knows no formula for it")
 
-    def _add(self, kind: str, nbytes: int) -> None:
-        self.nbytes[kind] += nbytes
-        self.calls[kind] += 1
+    def _add(self, kind: str, group: Any, nbytes: float) -> None:
+        name = dist.ProcessGroup.unbox(group).group_name
+        over_replicas = self.replicas is not None and name == self.replicas.group_name
+        self.nbytes[f"replica_{kind}" if over_replicas else kind] += nbytes
 
 
 def _size(tensor: Tensor) -> int:

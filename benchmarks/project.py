@@ -1,5 +1,7 @@
 """What step times make of the whole recipe: hours and dollars on N nodes of M GPUs, with every assumption printed.
 
+Weights lie on the GPUs as train/parallel.py lays out the presets. The roofline's table of floors is printed first.
+
 python -m benchmarks.project                                     # from the roofline's floors
 python -m benchmarks.project --results benchmarks/results/*.json # from measured steps
 python -m benchmarks.project --ms 100 135                        # from these milliseconds of forward and backward
@@ -9,7 +11,7 @@ python -m benchmarks.project --check                             # bytes by form
 import argparse
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -17,13 +19,39 @@ from pathlib import Path
 import torch
 
 from benchmarks import replay, roofline, summary
-from benchmarks.collectives import Network, Shape, fsdp_step, gram_flop, muon_owners, muon_step
-from benchmarks.roofline import H200_COPY, H200_MATMUL, STAGE_1, STAGE_2, Step, adamw_step, prx_muon_shapes
+from benchmarks.collectives import Network, Shape, fsdp_step, gathers, gram_flop, muon_exchange, muon_step
+from benchmarks.measure import Row
+from benchmarks.roofline import (
+    H200_COPY,
+    H200_MATMUL,
+    STAGE_1,
+    STAGE_2,
+    Step,
+    adamw_step,
+    owner_sample,
+    prx_muon_shapes,
+)
+from prx_kernels.muon_owners import Layout
 from prx_model import PRXConfig, PRXTransformer
-from train.recipes import prx_512, prx_1024
+from train.parallel import mesh_shape
+from train.recipes import Parallel, Recipe, prx_512, prx_1024
 
 BUDGET_HOURS, BUDGET_DOLLARS = 24.0, 1500.0
 """What PRX Part 3 took on 32 H200 (RECIPE.md, "The run")."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How fast Newton-Schulz runs, and how that is known."""
+
+    flop_per_second: float
+    """Operations/s of the form that is used (`collectives.gram_flop`)."""
+    known: str
+
+
+WHOLE_MODEL = len(prx_muon_shapes())
+"""Matrices that Muon updates: 112."""
+IDEAL_RATE = Rate(H200_MATMUL, "H200's measured matrix rate (RECIPE.md), as if nothing were lost")
 
 
 @dataclass(frozen=True)
@@ -33,11 +61,14 @@ class Speed:
     seconds: tuple[float, float]
     """Forward, teachers and backward of both stages' steps, at the recipe's pictures a GPU of 32 ranks."""
     known: str
-    newton_schulz: float = H200_MATMUL
-    """Operations/s of the form that is used (`collectives.gram_flop`)."""
-    newton_schulz_known: str = "H200's measured matrix rate (RECIPE.md), as if nothing were lost"
+    newton_schulz: Mapping[int, Rate] = field(default_factory=lambda: {WHOLE_MODEL: IDEAL_RATE})
+    """By the number of matrices that are orthogonalised together."""
     copy: float = H200_COPY
     copy_known: str = "H200's measured copy bandwidth (RECIPE.md)"
+
+    def orthogonalising(self, matrices: int) -> Rate:
+        """The rate that is known of the nearest number of matrices, the smaller of two as near."""
+        return self.newton_schulz[min(self.newton_schulz, key=lambda count: (abs(count - matrices), count))]
 
 
 @dataclass(frozen=True)
@@ -47,8 +78,6 @@ class Assumptions:
     network: Network = field(default_factory=Network)
     overlap: float = 0.9
     """Share of FSDP2's communication that can run beside the computation, if there is enough of it."""
-    buckets: int = 3
-    """Of Muon's exchange: the first one's way there and the last one's way back hide behind nothing."""
     checkpoint_every: int = 1_000
     host_copy: float = 20e9
     """Bytes/s at which a GPU's part of a checkpoint is staged to the host; writing runs beside training."""
@@ -100,6 +129,7 @@ def measured(files: Sequence[Path]) -> Speed:
         ValueError: a file that is none of ours, or none that holds both stages.
     """
     found: dict[int, float] = {}
+    rates: dict[int, Rate] = {}
     speed = replace(floors(), known="measured: " + ", ".join(path.name for path in files))
     for path in files:
         rows, ceilings = summary.from_json(path)
@@ -108,66 +138,110 @@ def measured(files: Sequence[Path]) -> Speed:
             size = re.match(r"(\d+) px x (\d+), text 40%", row.case)
             if row.op == "training step, without optimizer" and row.way == "ours" and row.clock == "wall" and size:
                 found[int(size[1])] = row.seconds
-            whole = row.op.startswith("Newton-Schulz") and row.case == "all 112 of PRX"
-            if whole and row.way == "ours" and row.clock == "device":
-                work = sum(gram_flop(shape) for shape in prx_muon_shapes())
-                known = f"its 112 matrices in {path.name}"
-                speed = replace(speed, newton_schulz=work / row.seconds, newton_schulz_known=known)
+            count = _matrices(row)
+            if count:
+                work = sum(gram_flop(shape) for shape in owner_sample(prx_muon_shapes(), count))
+                rates[count] = Rate(work / row.seconds, f"measured of {row.case} in {path.name}")
     if not {512, 1024} <= found.keys():
         raise ValueError(
             "the result files hold no measured step without optimizer at both 512 and 1024 px (GPU rows only); "
             "run benchmarks/run_h200.sh, or give --ms"
         )
-    return replace(speed, seconds=(found[512], found[1024]))
+    return replace(speed, seconds=(found[512], found[1024]), newton_schulz=rates or speed.newton_schulz)
+
+
+def _matrices(row: Row) -> int:
+    """How many of PRX's matrices our Newton-Schulz orthogonalised on a GPU in this row; 0 where it is another row."""
+    if not row.op.startswith("Newton-Schulz") or row.way != "ours" or row.clock != "device":
+        return 0
+    owned = re.fullmatch(r"an owner's (\d+)|all (\d+) of PRX", row.case)
+    return int(owned[1] or owned[2]) if owned else 0
 
 
 def project(speed: Speed, assumed: Assumptions) -> list[Stage]:
     """Both stages of the recipe."""
     recipes = (prx_512(), prx_1024())
     return [
-        Stage(recipe.preset, recipe.train.steps, _parts(seconds, step, recipe.train.batch, speed, assumed))
+        Stage(recipe.preset, recipe.train.steps, _parts(seconds, step, recipe, speed, assumed))
         for seconds, step, recipe in zip(speed.seconds, (STAGE_1, STAGE_2), recipes, strict=True)
     ]
 
 
-def _parts(seconds: float, step: Step, batch: int, speed: Speed, assumed: Assumptions) -> dict[str, float]:
+def _parts(seconds: float, step: Step, recipe: Recipe, speed: Speed, assumed: Assumptions) -> dict[str, float]:
     """Seconds of a step on this network."""
     network = assumed.network
-    compute = seconds * (batch / network.ranks) / step.batch
-    blocks, root = _groups(step.config)
-    volumes = fsdp_step(blocks, root, network.ranks)
-    whole = network.ranks / max(network.ranks - 1, 1)
-    exchange = network.all_gather((volumes.all_gather + volumes.reduce_scatter) * whole)
-    # Every group's collectives have their latency: blocks are gathered twice and scattered once.
-    exchange += (3 * len(blocks) + 1) * network.all_gather(0.0)
+    layout = rank_layout(recipe.parallel, network)
+    compute = seconds * (recipe.train.batch / network.ranks) / step.batch
+    exchange = fsdp_seconds(step, layout, recipe.parallel, network)
     hidden = min(assumed.overlap * exchange, compute)
-    there_and_back, owner = muon_seconds(step, speed, network)
+    muon, buckets = muon_seconds(step, layout, network)
+    count, work = fullest_owner(step, layout)
+    owner = work / speed.orthogonalising(count).flop_per_second
     return {
         "forward, teachers, backward": compute,
         "FSDP2, not hidden": exchange - hidden,
         "Newton-Schulz, fullest owner": owner,
-        "Muon's exchange, not hidden": max(there_and_back - owner, there_and_back / assumed.buckets),
-        "optimizer's and EMA's passes": optimizer_bytes(step) / speed.copy / network.ranks,
-        "checkpoints": state_bytes(step) / network.ranks / assumed.host_copy / assumed.checkpoint_every,
+        "Muon's exchange, not hidden": max(muon - owner, muon / buckets),
+        "clipping, optimizer, EMA: passes": pass_bytes(step) / layout.shards / speed.copy,
+        "checkpoints": state_bytes(step) / layout.shards / assumed.host_copy / assumed.checkpoint_every,
         "evaluation": assumed.evaluation_seconds / assumed.evaluation_every,
     }
 
 
-def muon_seconds(step: Step, speed: Speed, network: Network) -> tuple[float, float]:
-    """Seconds of Muon's exchange, there and back, of the rank that receives most; and of the fullest owner's work."""
+def rank_layout(settings: Parallel, network: Network, rank: int = 0) -> Layout:
+    """Where a rank stands in the mesh that train/parallel.py makes of these settings on this network."""
+    replicas, shards = mesh_shape(settings, network.ranks, network.gpus)
+    return Layout(shards=shards, shard=rank % shards, replicas=replicas, replica=rank // shards)
+
+
+def fsdp_seconds(step: Step, layout: Layout, settings: Parallel, network: Network) -> float:
+    """Seconds of FSDP2's collectives one after the other; every group of parameters has its own."""
+    blocks, root = _groups(step.config)
+    groups, reshard = [*blocks, root], settings.reshard_after_forward
+    volumes = fsdp_step(groups, layout, reshard=reshard)
+    shards, replicas = network.groups(layout)
+    calls = len(groups) * (gathers(reshard=reshard) + 1)
+    within = shards.ring(volumes.all_gather + volumes.reduce_scatter, calls)
+    return within + replicas.ring(volumes.replica_all_reduce, 2 * len(groups))
+
+
+def muon_seconds(step: Step, layout: Layout, network: Network) -> tuple[float, int]:
+    """Seconds of Muon's exchange, there, back and to the replicas, of the rank that waits longest; and its buckets.
+
+    The first bucket's way there and the last one's way back hide behind nothing.
+    """
     shapes = prx_muon_shapes(step.config)
-    owners, ranks = muon_owners(shapes, network.ranks), network.ranks
-    work = [0.0] * ranks
-    for shape, owner in zip(shapes, owners, strict=True):
-        work[owner] += gram_flop(shape)
-    received = max(muon_step(shapes, ranks, rank).all_to_all for rank in range(ranks))
-    return 2 * network.all_to_all(received / 2), max(work) / speed.newton_schulz
+    buckets = len(muon_exchange(shapes, layout).buckets)
+    shards, replicas = network.groups(layout)
+    longest = 0.0
+    for rank in range(layout.ranks):
+        here = replace(layout, shard=rank % layout.shards, replica=rank // layout.shards)
+        volumes = muon_step(shapes, here)
+        seconds = shards.all_to_all(volumes.all_to_all, 2 * buckets) + replicas.ring(
+            volumes.replica_all_gather, buckets
+        )
+        longest = max(longest, seconds)
+    return longest, buckets
 
 
-def optimizer_bytes(step: Step) -> float:
-    """Least bytes of a step's elementwise passes over all weights, whatever the number of ranks; EMA every tenth."""
+def fullest_owner(step: Step, layout: Layout) -> tuple[int, float]:
+    """Matrices that the owner with most work holds, and its operations."""
+    shapes = prx_muon_shapes(step.config)
+    held: list[list[float]] = [[] for _ in range(layout.ranks)]
+    for shape, owner in zip(shapes, muon_exchange(shapes, layout).owners, strict=True):
+        held[owner].append(gram_flop(shape))
+    fullest = max(held, key=sum)
+    return len(fullest), sum(fullest)
+
+
+def pass_bytes(step: Step) -> float:
+    """Least bytes of a step's elementwise passes over all shards of one copy; EMA every tenth step.
+
+    Clipping reads the gradients for their norm, then reads and writes them to scale them.
+    """
     muon, others = _numbers(step)
-    return roofline.muon_step(prx_muon_shapes(step.config)).nbytes + adamw_step(others).nbytes + 1.2 * (muon + others)
+    optimizer = roofline.muon_step(prx_muon_shapes(step.config)).nbytes + adamw_step(others).nbytes
+    return optimizer + (12.0 + 1.2) * (muon + others)
 
 
 def state_bytes(step: Step) -> float:
@@ -210,23 +284,31 @@ def lines(speed: Speed, assumed: Assumptions) -> list[str]:
 
 def assumptions(speed: Speed, assumed: Assumptions) -> list[str]:
     """Every assumption, as a sentence."""
-    n = assumed.network
+    n, settings = assumed.network, prx_512().parallel
+    layout = rank_layout(settings, n)
+    count, _ = fullest_owner(STAGE_1, layout)
+    rate, buckets = speed.orthogonalising(count), len(muon_exchange(prx_muon_shapes(), layout).buckets)
+    again = "and again for backward" if settings.reshard_after_forward else "and kept until backward"
     return [
         f"forward, teachers and backward at 32 and 16 pictures a GPU take {speed.seconds[0] * 1e3:.1f} and "
         f"{speed.seconds[1] * 1e3:.1f} ms ({speed.known}); other numbers of GPUs share the recipe's batch, at the "
         "same time a picture",
-        f"Newton-Schulz runs at {speed.newton_schulz / 1e12:.0f} TFLOP/s ({speed.newton_schulz_known}); the rank that "
-        "owns most is waited for",
-        f"passes over sharded weights, gradients and averages move their least bytes at {speed.copy / 1e12:.2f} TB/s "
-        f"({speed.copy_known})",
+        f"{described(layout)}, as train/parallel.py lays the presets out on {n.nodes} x {n.gpus} GPUs; the denoiser's "
+        "alone: REPA's projector, 0.3% of it, is left out",
+        f"bf16 weights are gathered among the shards once for forward {again}; float32 gradients are reduce-scattered "
+        "among the shards and all-reduced over replicas, if there are any; one collective after the other, "
+        f"{assumed.overlap:.0%} of it can hide behind computation",
+        "Muon's matrices have their owners among all GPUs: bf16 rows go to owners in their own replica, updates come "
+        f"back and are gathered over replicas, if there are any, in {buckets} buckets beside Newton-Schulz",
+        f"Newton-Schulz runs at {rate.flop_per_second / 1e12:.0f} TFLOP/s ({rate.known}); the fullest owner, with "
+        f"{count} of the matrices, is waited for, and is taken to work on them together",
+        "every GPU passes over its shard of gradients, weights, state and averages with the least bytes, at "
+        f"{speed.copy / 1e12:.2f} TB/s ({speed.copy_known})",
         f"a GPU receives {n.nvlink / 1e9:.0f} GB/s from its node and {n.infiniband / 1e9:.0f} GB/s from others, with "
-        f"{n.nvlink_latency * 1e6:.0f} and {n.infiniband_latency * 1e6:.0f} us a hop; collectives over nodes go along "
-        "rails, then within nodes, each stage a ring",
-        "FSDP2 over all ranks: bf16 weights gathered twice a step, root once; float32 gradients scattered once; "
-        f"{assumed.overlap:.0%} of that can hide behind computation",
-        f"Muon's exchange travels in {assumed.buckets} buckets beside Newton-Schulz",
-        f"a checkpoint every {assumed.checkpoint_every:,} steps stops training while it is staged at "
-        f"{assumed.host_copy / 1e9:.0f} GB/s a GPU, and is written beside it",
+        f"{n.nvlink_latency * 1e6:.0f} and {n.infiniband_latency * 1e6:.0f} us a hop; within a node and along a rail "
+        "a collective is a ring",
+        f"a checkpoint every {assumed.checkpoint_every:,} steps stops training while every GPU stages its shard at "
+        f"{assumed.host_copy / 1e9:.0f} GB/s; one copy is written beside training",
         f"an evaluation every {assumed.evaluation_every:,} steps stops training for {assumed.evaluation_seconds:g} s",
         f"each stage starts in {assumed.start_seconds:g} s; nothing fails, and no step waits for data",
         "captions are embedded beforehand; the cost of that is not counted",
@@ -234,21 +316,33 @@ def assumptions(speed: Speed, assumed: Assumptions) -> list[str]:
     ]
 
 
-def check(counts: Sequence[int] = (2, 4)) -> list[str]:
+def described(layout: Layout) -> str:
+    """A layout in the field's words."""
+    if layout.ranks == 1:
+        return "one GPU: nothing is sharded"
+    if layout.replicas == 1:
+        return f"FSDP: one copy of the weights in {layout.shards} shards"
+    if layout.shards == 1:
+        return f"DDP: {layout.replicas} copies of the weights, nothing is sharded"
+    return f"HSDP: {layout.replicas} replicas of the weights in {layout.shards} shards each"
+
+
+def check(cases: Sequence[replay.Case] = replay.CASES) -> list[str]:
     """Bytes by formula and as counted on gloo ranks, a line each.
 
     Raises:
         SystemExit: they differ.
     """
-    out, wrong = [], False
-    for ranks in counts:
-        for kind, rank, formula, counted in replay.check(ranks):
+    out, wrong = [f"{'bytes a rank receives in a step; replicas x shards':<54}{'formula':>10}{'moved':>10}"], False
+    for case in cases:
+        for kind, rank, formula, counted in replay.check(case):
             wrong |= formula != counted
             verdict = "equal" if formula == counted else "DIFFERENT"
-            out.append(f"{ranks} ranks, rank {rank}, {kind:<15}{formula:>12,.0f}{counted:>12,.0f}  {verdict}")
+            label = f"{case}, rank {rank}, {kind}"
+            out.append(f"{label:<54}{formula:>10,.0f}{counted:>10,.0f}  {verdict}")
     if wrong:
         raise SystemExit("\n".join([*out, "the formulas are not what torch.distributed moves"]))
-    return [f"{'bytes that a rank receives in a step':<33}{'formula':>12}{'moved':>12}", *out]
+    return out
 
 
 def main() -> None:
@@ -288,7 +382,7 @@ def main() -> None:
         parser.error(str(error))
     if asked.ms:
         speed = replace(speed, seconds=(asked.ms[0] / 1e3, asked.ms[1] / 1e3), known="the command line")
-    print(*lines(speed, assumed), sep="\n")
+    print(*roofline.lines(), "", *lines(speed, assumed), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,28 @@
-"""One step of a tiny model under FSDP2 on gloo ranks, with every collective's bytes counted: are the formulas right?
+"""One step of a tiny model on gloo ranks, sharded by the trainer, every collective's bytes counted: do formulas hold?
 
 Run by `python -m benchmarks.project --check`, and by a test.
 """
 
 import json
+import os
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import torch._dynamo  # what sharding loads late: once, before ranks are forked
 import torch.distributed as dist
+import torch.distributed.fsdp  # noqa: F401  (the same)
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.multiprocessing.spawn import start_processes
 
-from benchmarks.collectives import Moved, Shape, Volumes, fsdp_step, muon_step
+from benchmarks.collectives import Moved, Shape, Volumes, agreements, fsdp_step, muon_step
 from prx_kernels import Muon
+from prx_kernels.muon_owners import Layout
 from prx_model import PRXConfig, PRXTransformer
+from train import parallel
+from train.optimizers import clip_gradients, named_parameters, split
+from train.recipes import Compile, Parallel, Recipe, prx_512
 
 CONFIG = PRXConfig(
     patch_size=8, context_in_dim=18, hidden_size=36, num_heads=3, mlp_ratio=2.5, depth=3, axes_dim=(6, 6),
@@ -27,27 +31,64 @@ CONFIG = PRXConfig(
 """Sizes that no number of ranks divides evenly: short and empty shards take part."""
 
 
-def check(ranks: int) -> list[tuple[str, int, float, float]]:
-    """(collective, rank, bytes by formula, bytes counted) of one step on so many gloo ranks."""
-    with tempfile.TemporaryDirectory() as folder:
-        # Forked: one import of torch serves all ranks.
-        start_processes(_worker, (ranks, folder), nprocs=ranks, start_method="fork")
-        counted = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
-    rows = []
-    for rank in range(ranks):
-        for kind, formula in asdict(expected(ranks, rank)).items():
-            rows.append((kind.replace("_", "-"), rank, formula, float(counted[rank].get(kind, 0))))
-    return rows
+@dataclass(frozen=True)
+class Case:
+    """Ranks on nodes, laid out as the preset would on that many."""
+
+    nodes: int
+    gpus: int
+    """Ranks a node."""
+    reshard: bool = Parallel().reshard_after_forward
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus
+
+    def layout(self, rank: int = 0) -> Layout:
+        replicas, shards = parallel.mesh_shape(self.recipe().parallel, self.ranks, self.gpus)
+        return Layout(shards=shards, shard=rank % shards, replicas=replicas, replica=rank // shards)
+
+    def recipe(self) -> Recipe:
+        """The preset, bf16 as on a GPU, with a tiny model."""
+        preset = prx_512()
+        return replace(
+            preset,
+            model=CONFIG,
+            train=replace(preset.train, device="cpu", precision="bf16"),
+            parallel=replace(preset.parallel, reshard_after_forward=self.reshard),
+            compile=Compile("no"),
+        )
+
+    def __str__(self) -> str:
+        layout = self.layout()
+        return f"{layout.replicas} x {layout.shards} ranks{', resharded' if self.reshard else ''}"
 
 
-def expected(ranks: int, rank: int) -> Volumes:
+CASES = tuple(Case(nodes, gpus, reshard) for nodes, gpus in ((1, 2), (1, 4), (2, 2)) for reshard in (False, True))
+CASES += (Case(2, 1),)
+"""FSDP on one node, HSDP on two, and two nodes of one GPU: DDP."""
+
+
+def check(case: Case) -> list[tuple[str, int, float, float]]:
+    """(collective, rank, bytes by formula, bytes counted) of one step on a case's gloo ranks; nothing that is 0 = 0."""
+    counted = moved(case)
+    return [
+        (kind.replace("_", "-"), rank, formula, counted[rank].get(kind, 0.0))
+        for rank in range(case.ranks)
+        for kind, formula in asdict(expected(case, rank)).items()
+        if formula or counted[rank].get(kind)
+    ]
+
+
+def expected(case: Case, rank: int) -> Volumes:
     """What the formulas say of this model's step."""
     with torch.device("meta"):
         model = PRXTransformer(CONFIG)
     blocks, root = groups(model)
-    fsdp = fsdp_step(blocks, root, ranks)
-    muon = muon_step([shape for shapes in blocks for shape in shapes if len(shape) == 2], ranks, rank)
-    return Volumes(fsdp.all_gather, fsdp.reduce_scatter, muon.all_to_all)
+    matrices = [(shape[0], shape[1]) for shapes in blocks for shape in shapes if len(shape) == 2]
+    layout = case.layout(rank)
+    fsdp = fsdp_step([*blocks, root], layout, reshard=case.reshard)
+    return fsdp + muon_step(matrices, layout) + agreements(layout)
 
 
 def groups(model: nn.Module) -> tuple[list[list[Shape]], list[Shape]]:
@@ -57,25 +98,37 @@ def groups(model: nn.Module) -> tuple[list[list[Shape]], list[Shape]]:
     return blocks, root
 
 
-def _worker(rank: int, ranks: int, folder: str) -> None:
+def moved(case: Case) -> list[dict[str, float]]:
+    """Bytes counted on every rank, by kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Forked: one import of torch serves all ranks.
+        start_processes(_worker, (case, folder), nprocs=case.ranks, start_method="fork")
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(case.ranks)]
+
+
+def _worker(rank: int, case: Case, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    numbers = (rank, case.ranks, rank % case.gpus, case.gpus)
+    os.environ.update({name: str(number) for name, number in zip(names, numbers, strict=True)})
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=case.ranks)
+    recipe = case.recipe()
+    world = parallel.start(recipe.train, recipe.parallel)
+    assert world.mesh is not None
     torch.manual_seed(0)
     model = PRXTransformer(CONFIG)
-    mesh = init_device_mesh("cpu", (ranks,))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if name.startswith("blocks.") and p.ndim == 2]
-    rest = [p for name, p in named if not (name.startswith("blocks.") and p.ndim == 2)]
-    optimizer = Muon([{"params": matrices}, {"params": rest, "use_muon": False}])
+    parallel.shard(model, world, recipe.parallel, recipe.train, recipe.compile)
+    named = named_parameters({"model": model})
+    muon, adam = split(named, recipe)
+    # Not `train.optimizers.Optimizers`, which on a CPU orthogonalises in another dtype: costs and owners would differ.
+    optimizer = Muon([{"params": muon}, {"params": adam, "use_muon": False}])
     image, t = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.8])
     text, mask = torch.randn(2, 4, CONFIG.context_in_dim), torch.ones(2, 4, dtype=torch.bool)
-    with Moved(rank) as moved:
-        model(image, t, text, mask).square().mean().backward()
+    replicated = "replicate" in (world.mesh.mesh_dim_names or ())
+    with Moved(world.mesh.get_group("replicate") if replicated else None) as counted:
+        model.forward_tokens(image, t, text, mask).square().mean().backward()  # what a training step calls
+        clip_gradients([parameter for _, parameter in named], recipe.train.clip, world)
         optimizer.step()
-    Path(folder, f"{rank}.json").write_text(json.dumps(moved.nbytes))
+    Path(folder, f"{rank}.json").write_text(json.dumps(counted.nbytes))
     dist.barrier()
     dist.destroy_process_group()

@@ -77,6 +77,12 @@ def prx_muon_shapes(config: PRXConfig | None = None) -> list[tuple[int, int]]:
     return block * c.depth
 
 
+def owner_sample(shapes: Iterable[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """What an owner of `count` matrices may hold: evenly from the most to the least work, as they are handed out."""
+    ordered = sorted(shapes, key=lambda shape: -newton_schulz([shape], "gram"))
+    return [ordered[i * len(ordered) // count] for i in range(count)]
+
+
 # --- the optimizer step --------------------------------------------------------------------------------------------
 
 
@@ -205,15 +211,18 @@ def hours(first_step: float, second_step: float, steps: tuple[int, int] = (100_0
     return (first_step * steps[0] + second_step * steps[1]) / 3600
 
 
+def lines(matmul: float = H200_MATMUL) -> list[str]:
+    """The table as it is printed, and the hours of both stages."""
+    out = [f"{'TFLOP a GPU and step':<42}{'512 px x 32':>14}{'1024 px x 16':>14}"]
+    out += [f"{name:<42}{one:>14.2f}{two:>14.2f}" for name, one, two in table(matmul)]
+    whole = hours(STAGE_1.floor_seconds(matmul), STAGE_2.floor_seconds(matmul))
+    return [*out, f"both stages at the ceiling: {whole:.2f} h"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="what a step of the recipe costs at the ceiling")
     parser.add_argument("--matmul-tflops", type=float, default=H200_MATMUL / 1e12, help="bf16 matrix rate, TFLOP/s")
-    rate = parser.parse_args().matmul_tflops * 1e12
-    print(f"{'TFLOP a GPU and step':<42}{'512 px x 32':>14}{'1024 px x 16':>14}")
-    for name, one, two in table(rate):
-        print(f"{name:<42}{one:>14.2f}{two:>14.2f}")
-    whole = hours(STAGE_1.floor_seconds(rate), STAGE_2.floor_seconds(rate))
-    print(f"both stages at the ceiling: {whole:.2f} h")
+    print(*lines(parser.parse_args().matmul_tflops * 1e12), sep="\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import prx_kernels
 from benchmarks.machine import device
 from benchmarks.measure import Measure
 from benchmarks.peers import require
-from benchmarks.roofline import Cost, linear, prx_muon_shapes
+from benchmarks.roofline import Cost, linear, owner_sample, prx_muon_shapes
 from benchmarks.roofline import newton_schulz as newton_schulz_flop
 
 GPU = torch.cuda.is_available()
@@ -32,10 +32,8 @@ Matrices = list[Tensor]
 def lists() -> dict[str, list[tuple[int, int]]]:
     """What is orthogonalised together: all of the model, what one of 32 ranks owns, one shape."""
     found = {"all 112 of PRX": PRX if GPU else PRX[:7]}
-    # Largest first round the owners, as 1 to 8 matrices of mixed shapes fall to a rank.
-    mixed = sorted(PRX, key=lambda shape: -newton_schulz_flop([shape], "gram"))
     for count in (1, 2, 3, 4, 6, 8) if GPU else (3,):
-        found[f"an owner's {count}"] = [mixed[i * len(mixed) // count] for i in range(count)]
+        found[f"an owner's {count}"] = owner_sample(PRX, count)
     found |= {f"4 of {rows}x{columns}": [(rows, columns)] * 4 for rows, columns in SHAPES}
     if GPU:
         found |= {f"16 of {rows}x{columns}": [(rows, columns)] * 16 for rows, columns in SHAPES}
