@@ -7,10 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 from train.errors import UserError, nearest
 from train.recipes import PRESETS, Recipe, TwoStages
+
+Options = TypeVar("Options")
 
 USAGE = """usage: speedrun.py [preset] [--section.field value ...]
 
@@ -120,17 +122,26 @@ def _without_ingredients(words: list[str], recipe: Recipe | TwoStages) -> list[s
     ]
 
 
-def _parse_fields(words: list[str], recipe: Recipe | TwoStages, preset: str) -> Recipe | TwoStages:
+def read_options(kind: type[Options], **settings: Any) -> Options:
+    """What `tyro.cli` makes of the command line, with `settings` for it.
+
+    Raises:
+        UserError: arguments that cannot be read.
+    """
     import tyro
 
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
-            parsed = tyro.cli(type(recipe), args=words, default=recipe, prog=f"speedrun.py {preset}", description="")
+            return tyro.cli(kind, **settings)
     except SystemExit as left:
         if not left.code:
             raise
         raise UserError(_one_sentence(printed.getvalue())) from None
+
+
+def _parse_fields(words: list[str], recipe: Recipe | TwoStages, preset: str) -> Recipe | TwoStages:
+    parsed = read_options(type(recipe), args=words, default=recipe, prog=f"speedrun.py {preset}", description="")
     if parsed.preset != preset:
         raise UserError(f"--preset cannot be set: the preset is the first word, as in 'speedrun.py {parsed.preset}'")
     return parsed

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from train.commandline import read_options  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 from train.recipes import Recipe  # noqa: E402
 
@@ -32,7 +33,7 @@ def main() -> int:
     import tyro
 
     Arguments.__annotations__["run"] = Annotated[Path, tyro.conf.Positional]
-    arguments = tyro.cli(Arguments, prog="export.py", description=__doc__)
+    arguments = read_options(Arguments, prog="export.py", description=__doc__)
     if not arguments.run.is_dir():
         raise UserError(f"there is no folder {arguments.run}; give a run's folder, or one of its checkpoints/step-N")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):

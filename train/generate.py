@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from train.commandline import read_options  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 
 
@@ -39,9 +40,7 @@ class Arguments:
 
 
 def main() -> int:
-    import tyro
-
-    arguments = tyro.cli(_positional(), prog="generate.py", description=__doc__)
+    arguments = read_options(_positional(), prog="generate.py", description=__doc__)
     if not arguments.prompts:
         raise UserError('give at least one prompt, as in generate.py runs/shapes "a red circle" --out picture.png')
     if arguments.grid < 1:
@@ -69,6 +68,8 @@ def draw(arguments: Arguments) -> None:
     world = parallel.start(Train(device=arguments.device, precision="fp32"))
     trained = load_trained(arguments.run, world.device, weights=arguments.weights)
     recipe = trained.recipe
+    if arguments.guidance is not None and arguments.guidance < 0:
+        raise UserError(f"--guidance must not be negative, got {arguments.guidance:g}; 1 is no guidance")
     changes = {name: getattr(arguments, name) for name in ("steps", "guidance", "guidance_kind")}
     size = {name: getattr(arguments, name) for name in ("height", "width")}
     try:

@@ -1,6 +1,7 @@
 """An exported run draws in diffusers what it draws here; generate.py writes pictures and grids."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_diffusers_draws_the_same_picture(run: Path, tmp_path: Path) -> None:
     done = run_program("export", str(run), "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
+    assert "num_inference_steps=2, guidance_scale=2, use_resolution_binning=False)" in done.stdout
     os.environ["HF_HUB_OFFLINE"] = "1"
     from diffusers import PRXPixelPipeline, PRXTransformer2DModel
 
@@ -112,6 +114,8 @@ def test_generate_draws_grids_and_other_sizes(run: Path, tmp_path: Path) -> None
         (["{run}", "a", "--steps", "0"], "sampling.steps must be at least 1"),
         (["{run}", "a", "--grid", "0"], "--grid is the number of pictures"),
         (["{run}", "a", "--out", "picture.txt"], "must end in .png"),
+        (["{run}", "a", "--heigth", "32"], "Unrecognized options: --heigth"),
+        (["{run}", "a", "--guidance", "-1"], "--guidance must not be negative"),
     ],
 )
 def test_generate_refuses_in_one_sentence(run: Path, tmp_path: Path, words: list[str], sentence: str) -> None:
@@ -121,3 +125,24 @@ def test_generate_refuses_in_one_sentence(run: Path, tmp_path: Path, words: list
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_misspelled_option_of_export_is_a_sentence(run: Path, tmp_path: Path) -> None:
+    done = run_program("export", str(run), "--ouut", "q", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: Unrecognized options: --ouut, q\n")
+
+
+def test_a_damaged_checkpoint_that_is_passed_over_is_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    shutil.copytree(checkpoints / "step-00000030", checkpoints / "step-00000031")
+    (damaged,) = (checkpoints / "step-00000031").glob("ema*.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    trained = load_trained(tmp_path / "run", torch.device("cpu"))
+    assert trained.step == 30
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ")
+    assert str(damaged) in warning
+    assert warning.endswith("; taking the checkpoint before it\n")
