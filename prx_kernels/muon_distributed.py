@@ -57,7 +57,9 @@ class Exchange:
 
     def __init__(self, blocks: Sequence[Block], layout: Layout, wire: torch.dtype, device: torch.device) -> None:
         self.blocks, self.layout, self.wire, self.device = list(blocks), layout, wire, device
-        self.owners = assign_owners([block.cost for block in blocks], layout.ranks)
+        # Alike matrices follow one another: to every replica some of them, so that none has more than others to send.
+        turns = assign_owners([block.cost for block in blocks], layout.ranks)
+        self.owners = [turn % layout.replicas * layout.shards + turn // layout.replicas for turn in turns]
         self.buckets = [self._bucket(members) for members in self._buckets()]
         self._flights: dict[int, _Flight] = {}
 

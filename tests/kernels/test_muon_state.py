@@ -14,7 +14,8 @@ from torch import nn
 
 import prx_kernels.muon as muon
 from prx_kernels import Muon, assign_owners
-from prx_kernels.muon_owners import Block, shard_rows
+from prx_kernels.muon_distributed import Exchange
+from prx_kernels.muon_owners import Block, Layout, shard_rows
 
 from .muon_training import SHAPES, error, fill_gradients, parameters, run
 
@@ -337,3 +338,17 @@ def test_a_compiled_training_step_goes_round_the_optimizer():
         fill_gradients(x, 0)
         (torch.compile(optimizer.step, backend="aot_eager") if x is compiled else optimizer.step)()
     assert all(torch.equal(p, q) for p, q in zip(compiled, plain, strict=True))
+
+
+@pytest.mark.parametrize(("replicas", "shards"), [(2, 2), (4, 8), (16, 8)])
+def test_replicas_send_one_another_no_more_than_the_updates(replicas: int, shards: int) -> None:
+    """What pads an all-gather is sent for nothing: alike matrices have to be spread over the replicas."""
+    shapes = [(768, 256), (512, 256), (256, 256), (1536, 256), (896, 256), (896, 256), (256, 896)] * 16
+    blocks = [Block(rows, 0, rows, columns, float(rows * columns)) for rows, columns in shapes]
+    for shard in (0, shards - 1):
+        layout = Layout(shards=shards, shard=shard, replicas=replicas)
+        exchange = Exchange(blocks, layout, torch.bfloat16, torch.device("meta"))
+        sent = sum(bucket.width for bucket in exchange.buckets) * replicas
+        needed = sum(block.elements_of(shard, shards) for block in blocks)
+        assert needed <= sent <= 1.05 * needed
+        assert len(set(exchange.owners)) == min(replicas * shards, len(blocks))
