@@ -24,7 +24,7 @@ EXIT_RESUME = 75
 """Exit code of a run that was asked to stop and saved: EX_TEMPFAIL of sysexits.h, "try again"."""
 
 
-AGAIN_SECONDS = 1.0
+AGAIN_SECONDS = 2.0
 """After which another Ctrl-C is a second one."""
 
 
