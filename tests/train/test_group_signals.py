@@ -8,8 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from train import checkpoint
-from train.faults import EXIT_RESUME
+import pytest
+import torch
+
+from train import checkpoint, faults
+from train.faults import AGAIN_SECONDS, EXIT_RESUME, StopSignals
+from train.parallel import World
 
 from .commands import ROOT, TINY
 
@@ -103,3 +107,17 @@ def test_torchrun_that_is_asked_to_stop_leaves_a_checkpoint(tmp_path: Path) -> N
     assert "stopped at step" in output, output
     assert "DataLoader worker" not in output
     assert len(checkpoint.complete(tmp_path / "scenes")) >= before
+
+
+def test_another_ctrl_c_stops_at_once_and_another_sigterm_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(faults.time, "monotonic", lambda: now[0])
+    with StopSignals(World(0, 1, torch.device("cpu"))) as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        now[0] += AGAIN_SECONDS
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.asked
+        now[0] += 0.1
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
