@@ -75,8 +75,6 @@ MUONS: dict[str, Callable[[list[nn.Parameter]], Callable[[], Any]]] = {
 def test_muon_step(measure: Measure, way: str) -> None:
     if way != "ours":
         require(way)
-    if way == "muon-fsdp2" and not GPU:
-        pytest.skip("muon-fsdp2 compiles its loop with Inductor, which takes long on a CPU")
     weights = matrices()
     step = MUONS[way](weights)
     if way == "muon-fsdp2":

@@ -39,6 +39,8 @@ def test_twenty_steps_follow_torch_optim_muon(adjust_lr_fn, nesterov):
     try:
         theirs = torch.optim.Muon(expected, **settings)
     except ValueError as problem:
+        if adjust_lr_fn != "spectral_unclamped":  # which torch before 2.15 lacks
+            raise
         pytest.skip(f"torch {torch.__version__}: {problem}")
     run(theirs, expected, 20)
     run(Muon(exact, **settings, **EXACT), exact, 20)
