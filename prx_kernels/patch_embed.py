@@ -61,6 +61,7 @@ def patch_embed(
     Raises:
         ValueError: shapes that do not fit, a size that is no multiple of the patch, t outside [0, 1].
         TypeError: a dtype that does not fit.
+        NotImplementedError: a forward-mode derivative is asked for.
     """
     check_no_tangent("patch_embed", image, w1, b1, w2, b2, t)
     _check_image(image, patch_size)

@@ -76,6 +76,7 @@ def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
     Raises:
         TypeError: keep is not int32 or int64.
         ValueError: keep does not fit x.
+        NotImplementedError: a forward-mode derivative is asked for.
     """
     check_keep(x, keep)
     if x.is_complex():
@@ -92,6 +93,7 @@ def scatter_tokens(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     Raises:
         TypeError: keep is not int32 or int64.
         ValueError: keep does not fit x, or y does not fit both.
+        NotImplementedError: a forward-mode derivative is asked for.
     """
     check_keep(x, keep)
     check_routed(x, y, keep)
@@ -114,6 +116,7 @@ def enter_route(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError: keep is not int32 or int64.
         ValueError: keep does not fit x.
+        NotImplementedError: a forward-mode derivative is asked for.
     """
     check_keep(x, keep)
     y, byp = _EnterRoute.apply(x, keep)
@@ -126,6 +129,7 @@ def exit_route(y: Tensor, byp: Tensor, keep: Tensor) -> Tensor:
     Raises:
         TypeError: keep is not int32 or int64.
         ValueError: keep does not fit byp, or y does not fit both.
+        NotImplementedError: a forward-mode derivative is asked for.
     """
     return scatter_tokens(byp, y, keep)
 
