@@ -1,6 +1,7 @@
 """Stop signals that reach a whole process group, data workers included, as torchrun, Slurm and terminals send them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,6 +64,13 @@ def group(number: int) -> list[str]:
     return found
 
 
+def stopped_at(output: str) -> str:
+    """The checkpoint that a run says it stopped with."""
+    found = re.findall(r"stopped at step (\d+)", output)
+    assert len(found) == 1, output
+    return f"step-{int(found[0]):08d}"
+
+
 def end(process: subprocess.Popen[str]) -> str:
     """What the run printed; nothing of its group may live on."""
     output, _ = process.communicate(timeout=100)
@@ -80,10 +88,7 @@ def test_a_group_that_is_asked_to_stop_saves(tmp_path: Path) -> None:
         output = end(process)
     assert process.returncode == EXIT_RESUME, output
     assert "the same command goes on from" in output
-    (reached,) = [word for word in output.splitlines() if "stopped at step" in word]
-    assert checkpoint.complete(tmp_path / "scenes")[-1].name.endswith(
-        reached.split("stopped at step ")[1].split(";")[0]
-    )
+    assert checkpoint.complete(tmp_path / "scenes")[-1].name == stopped_at(output)
 
 
 def test_one_request_may_come_twice_and_while_workers_start(tmp_path: Path) -> None:
@@ -101,12 +106,10 @@ def test_one_request_may_come_twice_and_while_workers_start(tmp_path: Path) -> N
 def test_torchrun_that_is_asked_to_stop_leaves_a_checkpoint(tmp_path: Path) -> None:
     with begin(tmp_path, *TORCHRUN) as process:
         wait_until(process, lambda: bool(checkpoint.complete(tmp_path / "scenes")))
-        before = len(checkpoint.complete(tmp_path / "scenes"))
         process.send_signal(signal.SIGTERM)
         output = process.communicate(timeout=100)[0]
-    assert "stopped at step" in output, output
     assert "DataLoader worker" not in output
-    assert len(checkpoint.complete(tmp_path / "scenes")) >= before
+    assert checkpoint.complete(tmp_path / "scenes")[-1].name == stopped_at(output)
 
 
 def test_another_ctrl_c_stops_at_once_and_another_sigterm_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
