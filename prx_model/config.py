@@ -149,6 +149,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"sampling.steps must be at least 1, got {self.steps}")
+        if not self.guidance >= 0:
+            raise ValueError(f"sampling.guidance must not be negative, got {self.guidance}; 1 is no guidance")
         if self.shift <= 0 or self.noise_scale <= 0:
             raise ValueError(f"sampling.shift and noise_scale must be positive, got {self.shift}, {self.noise_scale}")
         if not 0.0 < self.t_min < 1.0:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.data.loader import Batch
+from train.data.worker_signals import STOPPING
 from train.errors import UserError
 from train.parallel import World, agree
 
@@ -44,8 +45,7 @@ class StopSignals:
         self._first = 0.0
 
     def __enter__(self) -> "StopSignals":
-        wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        self._before = {number: signal.signal(number, self._on_signal) for number in wanted}
+        self._before = {number: signal.signal(number, self._on_signal) for number in STOPPING}
         return self
 
     def __exit__(

@@ -68,8 +68,6 @@ def draw(arguments: Arguments) -> None:
     world = parallel.start(Train(device=arguments.device, precision="fp32"))
     trained = load_trained(arguments.run, world.device, weights=arguments.weights)
     recipe = trained.recipe
-    if arguments.guidance is not None and arguments.guidance < 0:
-        raise UserError(f"--guidance must not be negative, got {arguments.guidance:g}; 1 is no guidance")
     changes = {name: getattr(arguments, name) for name in ("steps", "guidance", "guidance_kind")}
     size = {name: getattr(arguments, name) for name in ("height", "width")}
     try:

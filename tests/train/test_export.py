@@ -115,7 +115,7 @@ def test_generate_draws_grids_and_other_sizes(run: Path, tmp_path: Path) -> None
         (["{run}", "a", "--grid", "0"], "--grid is the number of pictures"),
         (["{run}", "a", "--out", "picture.txt"], "must end in .png"),
         (["{run}", "a", "--heigth", "32"], "Unrecognized options: --heigth"),
-        (["{run}", "a", "--guidance", "-1"], "--guidance must not be negative"),
+        (["{run}", "a", "--guidance", "-1"], "sampling.guidance must not be negative"),
     ],
 )
 def test_generate_refuses_in_one_sentence(run: Path, tmp_path: Path, words: list[str], sentence: str) -> None:

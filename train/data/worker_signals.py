@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What asks a run to save and stop (`train.faults.StopSignals`)."""
 
 
 @contextmanager
