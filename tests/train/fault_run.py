@@ -1,6 +1,9 @@
 """`speedrun.py` with something that goes wrong in one rank, once.
 
-torchrun tests/train/fault_run.py KIND@RANK:STEP [preset] …    # KIND: die, hang, nan, sigterm, sigusr1, sigusr1-drawing
+torchrun tests/train/fault_run.py KIND@RANK:STEP [preset] …
+
+KIND: a key of ACTIONS, nan, nan-from, sigusr1-drawing or die-saving. A rank dies or hangs with every checkpoint before
+on disk; in "die-saving" it dies while it writes the one of STEP.
 """
 
 import os
@@ -15,6 +18,8 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from train import evaluate, optimizers, speedrun  # noqa: E402
+from train.checkpoint import Checkpointer  # noqa: E402
+from train.checkpoint_storage import Writer  # noqa: E402
 from train.errors import exit_with_sentence  # noqa: E402
 from train.step import Learner  # noqa: E402
 
@@ -35,13 +40,25 @@ ACTIONS = {
 }
 
 
+def wait_for_saves() -> None:
+    """On every rank: a save in the background may not have ended two steps later, and then is lost with the rank."""
+    save = Checkpointer.save
+
+    def save_and_wait(self: Checkpointer, *arguments: Any, **_: Any) -> None:
+        save(self, *arguments, wait=True)
+
+    Checkpointer.save = save_and_wait  # type: ignore[method-assign]
+
+
 def inject(fault: str) -> None:
     kind, _, where = fault.partition("@")
     rank, step = (int(number) for number in where.split(":"))
+    if kind in ("die", "hang"):
+        wait_for_saves()
     mine = int(os.environ["RANK"]) == rank and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if not mine:
         return
-    make_step, make_loss, draw = Learner.step, Learner._loss, evaluate.draw
+    make_step, make_loss, draw, write = Learner.step, Learner._loss, evaluate.draw, Writer.write_data
 
     def bad_step(self: Learner, batch: Any, number: int) -> Any:
         if number == step:
@@ -58,10 +75,17 @@ def inject(fault: str) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
         return draw(*arguments, **named)
 
+    def bad_write(self: Writer, *arguments: Any) -> Any:
+        if self.step == step:
+            die()
+        return write(self, *arguments)
+
     if kind.startswith("nan"):
         Learner._loss = bad_loss  # type: ignore[method-assign]
     elif kind == "sigusr1-drawing":
         evaluate.draw = bad_draw
+    elif kind == "die-saving":
+        Writer.write_data = bad_write  # type: ignore[method-assign]
     else:
         Learner.step = bad_step  # type: ignore[method-assign]
 

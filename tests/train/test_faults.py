@@ -106,10 +106,19 @@ def test_when_a_rank_dies_torchrun_goes_on_from_the_last_checkpoint(clean: Path,
     assert_same(saved(tmp_path), saved(clean))
 
 
-def test_when_a_rank_hangs_all_print_their_stacks_and_torchrun_goes_on(clean: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, "hang@1:6", "--parallel.timeout", "10", restarts=1)
+def test_when_a_rank_dies_while_it_saves_torchrun_goes_on_from_what_was_saved_before(
+    clean: Path, tmp_path: Path
+) -> None:
+    done = run(tmp_path, "die-saving@1:8", restarts=1)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Timeout (0:00:10)!" in done.stderr
+    assert "at step 4" in done.stdout
+    assert_same(saved(tmp_path), saved(clean))
+
+
+def test_when_a_rank_hangs_all_print_their_stacks_and_torchrun_goes_on(clean: Path, tmp_path: Path) -> None:
+    done = run(tmp_path, "hang@1:6", "--parallel.timeout", "20", restarts=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Timeout (0:00:20)!" in done.stderr
     assert "in hang" in done.stderr, "the stack of the rank that hangs says where"
     assert "at step 4" in done.stdout
     assert_same(saved(tmp_path), saved(clean))
