@@ -20,7 +20,7 @@ from train.recipes import Recipe, prx_512
 
 from .picture_files import grey_tar, sentence, write_parquet
 
-FAST = Storage(timeout=0.3, tries=4)
+FAST = Storage(timeout=1.0, tries=4)
 
 
 class Server(ThreadingHTTPServer):
@@ -81,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "stall":
             self.wfile.write(half)
-            time.sleep(1.0)
+            time.sleep(3.0)
             self.close_connection = True
         elif fault == "drip":
             for byte in body[:60]:
