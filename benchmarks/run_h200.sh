@@ -9,7 +9,8 @@
 # which is read beside the profile.
 # Works from a checkout, offline, with PYTHON=…, else .venv's, else python3: torch >= 2.11, Triton >= 3.6, pytest,
 # pytest-benchmark. Without lpips rows with teachers, and the profile, are skipped; without tyro train is. Other
-# packages that are missing skip their rows. PRX_COMMIT names the commit where git does not know.
+# packages that are missing skip their rows. PRX_TRAIN adds words to train's command, which without a GPU does 20 steps
+# only, as benchmarks take tiny sizes then: to see that all works. PRX_COMMIT names the commit where git does not know.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 1 ] || { echo "usage: bash benchmarks/run_h200.sh OUT [gpu-tests|kernels|step|profile|train|steps|all-kernels|pointwise ...]" >&2; exit 2; }
@@ -58,6 +59,11 @@ has() {
   return 1
 }
 
+# What train's command gets beside PRX_TRAIN: on a CPU the whole run would take minutes.
+short() {
+  "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || echo "--train.steps 20 --evaluation.prompts 8"
+}
+
 kernels=(benchmarks/test_{newton_schulz,muon,token_routing,patch_embed,attention}.py)
 
 for wanted in "${parts[@]}"; do
@@ -75,7 +81,8 @@ for wanted in "${parts[@]}"; do
       has lpips profile && part profile 80 profile-512.json "$python" -m benchmarks.profile_step --out "$out"
       ;;
     train)
-      has tyro train && part train 85 train.txt "$python" train/speedrun.py --output.folder "$out/runs" --output.name shapes ${PRX_TRAIN:-}
+      has tyro train && part train 85 train.txt "$python" train/speedrun.py --output.folder "$out/runs" \
+        --output.name shapes $(short) ${PRX_TRAIN:-}
       ;;
     *)
       echo "unknown part '$wanted'; there are gpu-tests, kernels, step, profile, train, steps, all-kernels, pointwise" >&2

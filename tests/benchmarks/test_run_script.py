@@ -46,7 +46,7 @@ def run(tmp_path: Path, *parts: str, **environment: str) -> subprocess.Completed
 def calls(tmp_path: Path) -> list[str]:
     """The parts' programs that ran."""
     lines = (tmp_path / "calls").read_text().splitlines()
-    return [line for line in lines if "benchmarks.summary" not in line and "find_spec" not in line]
+    return [line for line in lines if "benchmarks.summary" not in line and not line.startswith("-c ")]
 
 
 def test_all_parts_run_once_and_are_not_repeated(tmp_path):
@@ -112,6 +112,14 @@ def test_the_usual_parts_limits_add_up_to_less_than_nine_minutes() -> None:
     rests = re.findall(r"bench ([a-z-]+) (\d+) (\d+) ", words)
     assert {name for name, _, _ in rests} == {"kernels", "all-kernels", "step", "steps", "pointwise"}
     assert all(15 <= int(rest) < int(limit) for _, limit, rest in rests)
+
+
+@pytest.mark.parametrize(("without", "steps"), [("nothing", []), ("cuda.is_available", ["20", "40"])])
+def test_train_is_short_without_a_gpu_and_takes_more_words(tmp_path: Path, without: str, steps: list[str]) -> None:
+    done = run(tmp_path, "train", FAIL=without, PRX_TRAIN="--train.steps 40" if steps else "")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = calls(tmp_path)
+    assert re.findall(r"--train.steps (\d+)", line) == steps
 
 
 def test_benchmarks_are_told_how_long_they_may_begin_rows(tmp_path: Path) -> None:
