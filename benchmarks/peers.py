@@ -3,6 +3,7 @@
 A benchmark names a peer; `require` skips the row, visibly, where that peer is not installed or cannot run here.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -94,6 +95,11 @@ _ALL = (
     ),
 )
 PEERS: dict[str, Peer] = {peer.name: peer for peer in _ALL}
+
+
+def eager_on_cpu() -> AbstractContextManager[None]:
+    """For peers that compile themselves: eager on a CPU, where no time counts and compiling takes long."""
+    return nullcontext() if torch.cuda.is_available() else torch.compiler.set_stance("force_eager")
 
 
 def require(name: str) -> Peer:

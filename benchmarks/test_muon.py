@@ -4,19 +4,22 @@ Checked by the update of the first block against the plain formulas in float64, 
 operations of the Gram form, the least that is known to do the work; peak memory is that of the step beyond its state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 import prx_kernels
 from benchmarks.machine import device
 from benchmarks.measure import Measure
-from benchmarks.peers import require
+from benchmarks.peers import eager_on_cpu, require
 from benchmarks.roofline import adamw_step, muon_step, prx_muon_shapes
 from prx_model.config import PRXConfig, prx_1_2b
+from train import parallel
+from train.recipes import Train
 
 GPU = torch.cuda.is_available()
 TINY = PRXConfig(context_in_dim=16, hidden_size=32, num_heads=2, depth=2, axes_dim=(8, 8), bottleneck_size=16)
@@ -56,10 +59,23 @@ def torch_muon(weights: list[nn.Parameter]) -> Callable[[], Any]:
 
 
 def muon_fsdp2(weights: list[nn.Parameter]) -> Callable[[], Any]:
+    """Over a mesh of one rank: 0.3.0 steps sharded weights only. Its shards share the memory of `weights`."""
     from muon_fsdp2 import Muon
 
-    group = {"params": weights, "use_muon": True, "lr": LR, "weight_decay": 0.0, "momentum": MOMENTUM}
-    return Muon([{**group, "rms_scale": True, "nesterov": True, "ns_steps": 5}]).step
+    mesh, sharded = parallel.start(Train(precision="bf16")).mesh, []
+    for weight in weights:
+        shard = nn.Parameter(DTensor.from_local(weight.detach(), mesh, [Shard(0)]))
+        assert weight.grad is not None
+        shard.grad = DTensor.from_local(weight.grad, mesh, [Shard(0)])
+        sharded.append(shard)
+    group = {"params": sharded, "use_muon": True, "lr": LR, "weight_decay": 0.0, "momentum": MOMENTUM}
+    optimizer = Muon([{**group, "rms_scale": True, "nesterov": True, "ns_steps": 5}])
+
+    def step() -> None:
+        with eager_on_cpu():
+            optimizer.step()
+
+    return step
 
 
 def our_muon(weights: list[nn.Parameter]) -> Callable[[], Any]:
@@ -71,19 +87,20 @@ MUONS: dict[str, Callable[[list[nn.Parameter]], Callable[[], Any]]] = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def no_group_behind() -> Iterator[None]:
+    """Ends the process group of a way that has one."""
+    yield
+    parallel.finish()
+
+
+@pytest.mark.usefixtures("no_group_behind")
 @pytest.mark.parametrize("way", MUONS)
 def test_muon_step(measure: Measure, way: str) -> None:
     if way != "ours":
         require(way)
     weights = matrices()
     step = MUONS[way](weights)
-    if way == "muon-fsdp2":
-        try:
-            step()
-        except NameError as error:  # 0.3.0 steps sharded weights only
-            pytest.skip(f"muon-fsdp2 cannot step on one device: {error}")
-        weights = matrices()
-        step = MUONS[way](weights)
 
     def error_of_the_first_step(run: Any, arguments: Any) -> float:
         # muon-fsdp2 writes into the gradients: keep those that were given.
@@ -98,7 +115,7 @@ def test_muon_step(measure: Measure, way: str) -> None:
     measure(
         op="Muon step",
         case=f"{len(weights)} matrices, {sum(w.numel() for w in weights) / 1e6:.4g} M numbers",
-        way=way,
+        way=f"{way}, a mesh of one" if way == "muon-fsdp2" else way,
         function=step,
         inputs=lambda seed: (),
         verify=error_of_the_first_step,

@@ -6,7 +6,6 @@ Peers that take one batch of a shape stack the matrices first, as their optimize
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch import Tensor
 import prx_kernels
 from benchmarks.machine import device
 from benchmarks.measure import Measure
-from benchmarks.peers import require
+from benchmarks.peers import eager_on_cpu, require
 from benchmarks.roofline import Cost, linear, owner_sample, prx_muon_shapes
 from benchmarks.roofline import newton_schulz as newton_schulz_flop
 
@@ -57,10 +56,10 @@ def serial(matrices: Matrices) -> Matrices:
 
 
 def muon_fsdp2(matrices: Matrices) -> Matrices:
-    """One matrix after the other, through Inductor; eager on a CPU, where no time counts and compiling takes long."""
+    """One matrix after the other."""
     from muon_fsdp2 import zeropower_via_newtonschulz5
 
-    with nullcontext() if GPU else torch.compiler.set_stance("force_eager"):
+    with eager_on_cpu():
         return [zeropower_via_newtonschulz5(m, 5) for m in matrices]
 
 
