@@ -246,7 +246,6 @@ def test_kernels_equal_the_definitions_in_the_interpreter(run_interpreted):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.float64])
 def test_kernels_equal_the_definitions_on_the_gpu(state):
     for shape in (*checks.SIZES, (1792, 5376)):
@@ -258,7 +257,6 @@ def test_kernels_equal_the_definitions_on_the_gpu(state):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_matrices_beyond_32_bits_on_the_gpu():
     rows = 2**16 + 1
     grad, buffer = (torch.full((rows, 2**15), x, dtype=torch.bfloat16, device="cuda") for x in (1.0, 0.0))

@@ -338,7 +338,6 @@ def test_kernels_equal_the_definitions_in_the_interpreter(run_interpreted):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernels_equal_the_definitions_on_the_gpu(dtype):
     checks.check_noise("cuda")

@@ -248,7 +248,6 @@ def test_errors_are_one_sentence(call, error, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernels_equal_the_definitions_on_the_gpu(dtype):
     for size in (*checks.CASES, checks.Case(32, 3, 512, 768, 16), checks.Case(8, 2, 256, 128, 16)):
@@ -258,7 +257,6 @@ def test_kernels_equal_the_definitions_on_the_gpu(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_on_the_gpu_peaks_at_the_prediction_and_its_gradient():
     image = torch.randint(0, 256, (8, 3, 512, 512), dtype=torch.uint8, device="cuda")
     tokens = torch.randn(8, 256, 3072, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -133,7 +133,6 @@ def test_kernels_equal_the_definitions_in_the_interpreter(run_interpreted):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_kernels_equal_the_definitions_on_the_gpu(dtype):
     for shape in (*checks.SHAPES, *checks.ALIGNED, (2, 1792, 1792), (5, 768, 3072), (1, 1000, 333)):
@@ -144,7 +143,6 @@ def test_kernels_equal_the_definitions_on_the_gpu(dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_newton_schulz_on_the_gpu_equals_the_cpu_and_captures_into_a_graph():
     matrices = [torch.randn(s, device="cuda") for s in ((256, 512), (512, 256), (3, 256, 256), (72, 200), (17, 33))]
     steps, exact = polynomials("jordan", 5), torch.float64

@@ -313,7 +313,6 @@ def test_kernels_equal_the_definitions_in_the_interpreter(run_interpreted):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_kernels_equal_the_definitions_on_the_gpu(dtype):
     for shape in (*checks.SHAPES, (4, 1024, 512, 1792), (2, 4096, 2048, 1152)):
