@@ -1,0 +1,63 @@
+"""Least bytes and operations of the ops of `prx_kernels`, where they are not "all inputs read, all outputs written"."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.absent_gpu.launchers import Call
+from benchmarks.roofline import Cost
+
+
+def cost(func: Any, arguments: tuple[Any, ...], out: Any, calls: list[Call], default: float) -> Cost:
+    """What an op costs at least, beside what its launches say.
+
+    Args:
+        default: bytes if every input is read once and every output written once.
+    """
+    name = func._schema.name.partition("::")[2]
+    if name.startswith("sym_gemm"):
+        return _symmetric(arguments, calls)
+    flop = 0.0
+    if func._overloadpacket in flop_registry:
+        flop = float(flop_registry[func._overloadpacket](*arguments, out_val=out))
+    rule = _BYTES.get(name)
+    return Cost(default if rule is None else float(rule(*arguments)), flop)
+
+
+def _symmetric(arguments: tuple[Any, ...], calls: list[Call]) -> Cost:
+    """Whole tiles of the upper triangle; C is read in that triangle, the result written whole."""
+    a, b, c = arguments[:3]
+    batch, n, k = a.shape
+    nbytes = _size(a) + (0 if b is a else _size(b)) + batch * n * n * a.element_size()
+    if c is not None:
+        nbytes += batch * (n * (n + 1) // 2) * c.element_size()
+    tiles = sum(call.grid[0] * call.constant("ROWS") * call.constant("COLS") for call in calls)
+    return Cost(float(nbytes), 2.0 * tiles * k if calls else 2.0 * batch * n * n * k)
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _rows(x: Tensor, keep: Tensor) -> int:
+    """Bytes of the rows of x that `keep` names."""
+    return _size(x) // max(x.shape[1], 1) * keep.shape[1]
+
+
+# Routing touches only the rows that move. Rows of y all lie in x's place; `keep` is read once.
+_BYTES: dict[str, Callable[..., int]] = {
+    "gather_tokens": lambda x, keep: 2 * _rows(x, keep) + _size(keep),
+    "scatter_tokens": lambda x, y, keep: 2 * _size(x) + _size(keep),
+    "spread_tokens": lambda y, keep, tokens: _size(y) + _size(y) // max(y.shape[1], 1) * tokens + _size(keep),
+    "clear_tokens": lambda x, keep: 2 * _size(x) - _rows(x, keep) + _size(keep),
+    "add_tokens": lambda x, y, keep: 2 * _size(x) + _size(y) + _size(keep),
+    "clear_tokens_": lambda x, keep: _rows(x, keep) + _size(keep),
+    "add_tokens_": lambda x, y, keep: 3 * _size(y) + _size(keep),
+    "enter_route_modulate": lambda x, keep, shift, scale, eps: (
+        3 * _rows(x, keep) + _size(keep) + _size(shift) + _size(scale)
+    ),
+    "exit_route_gated": lambda y, branch, gate, byp, keep: 2 * _size(byp) + _size(y) + _size(gate) + _size(keep),
+    "gate_backward": lambda grad, branch, gate, keep: 4 * _rows(grad, keep) + 2 * _size(gate) + _size(keep),
+}
