@@ -65,7 +65,8 @@ def tuned(table: Table, size: int, device: torch.device) -> Config:
     Raises:
         ValueError: the size exceeds every row.
     """
-    rows = table.get(capability(device), table[0])
+    here = capability(device)
+    rows = table[here if here in table else 0]
     for limit, config in rows:
         if size <= limit:
             return config
