@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.roofline import newton_schulz
-from prx_kernels.muon_distributed import Exchange
-from prx_kernels.muon_owners import Block, Layout
+from prx_kernels.muon.exchange import Exchange
+from prx_kernels.muon.owners import Block, Layout
 
 Shape = tuple[int, ...]
 

@@ -31,7 +31,7 @@ from benchmarks.roofline import (
     owner_sample,
     prx_muon_shapes,
 )
-from prx_kernels.muon_owners import Layout
+from prx_kernels.muon.owners import Layout
 from prx_model import PRXConfig, PRXTransformer
 from train.parallel import mesh_shape
 from train.recipes import Parallel, Recipe, prx_512, prx_1024

@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.collectives import Moved, Shape, Volumes, agreements, fsdp_step, muon_step
 from prx_kernels import Muon
-from prx_kernels.muon_owners import Layout
+from prx_kernels.muon.owners import Layout
 from prx_model import PRXConfig, PRXTransformer
 from train import parallel
 from train.optimizers import clip_gradients, named_parameters, split

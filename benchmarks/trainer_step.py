@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import denoisers
 from benchmarks.sizes import Case
 from benchmarks.training_step import Draws, TrainingStep, Way, make_inputs, random_teachers, recipe_of
-from prx_kernels.muon_owners import local
+from prx_kernels.muon.owners import local
 from train import parallel
 from train import step as train_step
 from train.data.loader import Batch

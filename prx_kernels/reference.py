@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .matrix_reference import cpu_has_bfloat16 as cpu_has_bfloat16
-from .matrix_reference import decayed_update as decayed_update
-from .matrix_reference import momentum_update as momentum_update
-from .matrix_reference import multiply as multiply
-from .matrix_reference import newton_schulz as newton_schulz
-from .matrix_reference import sym_gemm as sym_gemm
-from .matrix_reference import unit_norm as unit_norm
-from .matrix_reference import widened
+from .newton_schulz.reference import cpu_has_bfloat16 as cpu_has_bfloat16
+from .newton_schulz.reference import decayed_update as decayed_update
+from .newton_schulz.reference import momentum_update as momentum_update
+from .newton_schulz.reference import multiply as multiply
+from .newton_schulz.reference import newton_schulz as newton_schulz
+from .newton_schulz.reference import sym_gemm as sym_gemm
+from .newton_schulz.reference import unit_norm as unit_norm
+from .newton_schulz.reference import widened
 
 # Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, table 2.
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)

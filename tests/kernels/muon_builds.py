@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prx_kernels import _muon_kernels as kernels
+from prx_kernels.muon import kernels
 
 from .ahead_of_time import Build, build
 

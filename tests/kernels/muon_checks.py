@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from prx_kernels import _muon_kernels as kernels
 from prx_kernels import reference
+from prx_kernels.muon import kernels
 
 SIZES = ((1, 1), (3, 40), (16, 128), (33, 65), (70, 64))
 MU, LR, DECAY, RATIO = 0.95, 0.02, 0.1, 1.7

@@ -27,8 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-import prx_kernels.muon as muon
 from prx_kernels import Muon
+from prx_kernels.muon import optimizer as muon
 
 H = 16  # 1792 / 112
 # Rows that no number of ranks divides, fewer rows than ranks, one row; then PRX's seven matrices.

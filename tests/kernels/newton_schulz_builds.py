@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prx_kernels import _norm_kernels as norm
-from prx_kernels import _symmetric_kernels as kernels
-from prx_kernels._launch import Config
+from prx_kernels.launch import Config
+from prx_kernels.newton_schulz import norm_kernels as norm
+from prx_kernels.newton_schulz import symmetric_kernels as kernels
 
 from .ahead_of_time import Build, build
 

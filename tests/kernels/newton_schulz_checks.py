@@ -6,9 +6,10 @@ import mmap
 
 import torch
 
-from prx_kernels import _norm_kernels, reference
-from prx_kernels import _symmetric_kernels as kernels
-from prx_kernels._launch import Config
+from prx_kernels import reference
+from prx_kernels.launch import Config
+from prx_kernels.newton_schulz import norm_kernels as _norm_kernels
+from prx_kernels.newton_schulz import symmetric_kernels as kernels
 
 # (batch, n, k): one, ragged, one past a tile, several tiles; k below and above one stage.
 SHAPES = [(1, 1, 1), (2, 17, 33), (1, 65, 40), (3, 64, 64), (2, 70, 40)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prx_kernels import _noise, _patch_embed_kernels, _pixel_loss_kernels
-from prx_kernels import _patch_embed_launch as launch
-from prx_kernels._launch import Config, Table
+from prx_kernels.launch import Config, Table
+from prx_kernels.noise import kernels as _noise
+from prx_kernels.patch_embed import kernels as _patch_embed_kernels
+from prx_kernels.patch_embed import launch
+from prx_kernels.pixel_loss import kernels as _pixel_loss_kernels
 
 from .ahead_of_time import Build, build
 

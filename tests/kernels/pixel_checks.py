@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prx_kernels import _noise, _patch_embed_launch, _pixel_loss_kernels, reference
-from prx_kernels._patch_embed_launch import Noise
+from prx_kernels import reference
+from prx_kernels.noise import kernels as _noise
+from prx_kernels.patch_embed import launch as _patch_embed_launch
+from prx_kernels.patch_embed.launch import Noise
+from prx_kernels.pixel_loss import kernels as _pixel_loss_kernels
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prx_kernels import _routing_kernels as kernels
-from prx_kernels import routing_fused as fused
-from prx_kernels._launch import tl
+from prx_kernels.launch import tl
+from prx_kernels.routing import fused, kernels
 
 from .ahead_of_time import Build, build
 

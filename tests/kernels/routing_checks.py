@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from prx_kernels import _routing_kernels as kernels
-from prx_kernels import reference, routing_fused
+from prx_kernels import reference
+from prx_kernels.routing import fused as routing_fused
+from prx_kernels.routing import kernels
 
 # (batch, tokens, kept, width): ragged in every dimension, tiles that end inside and at the edge, all tokens kept.
 SHAPES = [(2, 7, 3, 5), (1, 2, 1, 1), (2, 33, 16, 70), (2, 17, 17, 64), (1, 300, 290, 17), (1, 18, 9, 264)]

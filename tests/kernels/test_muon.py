@@ -12,9 +12,9 @@ import torch.optim._muon as torch_muon
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import prx_kernels.muon as muon
 from prx_kernels import Muon, newton_schulz, reference
-from prx_kernels.muon_passes import apply_update, momentum_update
+from prx_kernels.muon import optimizer as muon
+from prx_kernels.muon.passes import apply_update, momentum_update
 
 from . import muon_checks as checks
 from .muon_training import SHAPES, error, fill_gradients, parameters, run
@@ -166,7 +166,7 @@ def test_one_call_orthogonalises_all_matrices_of_a_group(monkeypatch):
 def test_buckets_bound_what_is_held_at_once_and_change_nothing(monkeypatch):
     whole, parts = parameters(), parameters()
     run(Muon(whole), whole)
-    monkeypatch.setattr("prx_kernels.muon_distributed.MAX_ELEMENTS", 4000)
+    monkeypatch.setattr("prx_kernels.muon.exchange.MAX_ELEMENTS", 4000)
     optimizer = Muon(parts)
     assert len(optimizer._plans[0].exchange.buckets) > 2
     run(optimizer, parts)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-import prx_kernels.muon as muon
 from prx_kernels import Muon, assign_owners
-from prx_kernels.muon_distributed import Exchange
-from prx_kernels.muon_owners import Block, Layout, shard_rows
+from prx_kernels.muon import optimizer as muon
+from prx_kernels.muon.exchange import Exchange
+from prx_kernels.muon.owners import Block, Layout, shard_rows
 
 from .muon_training import SHAPES, error, fill_gradients, parameters, run
 

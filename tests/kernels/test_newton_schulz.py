@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prx_kernels import newton_schulz, newton_schulz_flop, reference, safe_restarts, zeropower_via_newtonschulz5
-from prx_kernels.polar_polynomials import COEFFICIENTS, polynomials
+from prx_kernels.newton_schulz.polynomials import COEFFICIENTS, polynomials
 
 N, M = 128, 256
 HALF = [torch.float16, torch.bfloat16]

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from prx_kernels import BottleneckPatchEmbed, _patch_embed_ops, noise, patch_embed, patchify, philox_normal
+from prx_kernels import BottleneckPatchEmbed, patch_embed, patchify, philox_normal
+from prx_kernels.noise import normal as noise
+from prx_kernels.patch_embed import ops as _patch_embed_ops
 from prx_model.flow import add_noise
 
 from . import pixel_checks as checks

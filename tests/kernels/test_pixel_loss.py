@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prx_kernels import patchify, philox_normal, pixel_loss, reference, unpatchify, x_prediction_loss
+from prx_kernels import patchify, philox_normal, reference, unpatchify, x_prediction_loss
+from prx_kernels.pixel_loss import loss as pixel_loss
 from prx_model import PRXConfig, PRXTransformer
 from prx_model.flow import add_noise, velocity
 

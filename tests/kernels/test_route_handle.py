@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prx_kernels import gather_tokens, route_blocks
-from prx_kernels.token_routing import MAX_TOKENS
+from prx_kernels.routing.tokens import MAX_TOKENS
 
 from .routed_models import Block, Model, inputs
 from .test_route_blocks import expected

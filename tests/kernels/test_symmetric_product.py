@@ -7,10 +7,11 @@ import re
 import pytest
 import torch
 
-from prx_kernels import _symmetric_kernels as kernels
-from prx_kernels import newton_schulz, reference, sym_gemm, symmetric_product
+from prx_kernels import newton_schulz, reference, sym_gemm
 from prx_kernels import newton_schulz as orthogonalise
-from prx_kernels.polar_polynomials import polynomials
+from prx_kernels.newton_schulz import symmetric_kernels as kernels
+from prx_kernels.newton_schulz import symmetric_product
+from prx_kernels.newton_schulz.polynomials import polynomials
 
 from . import newton_schulz_checks as checks
 
@@ -100,7 +101,7 @@ def test_opcheck():
     torch.library.opcheck(symmetric_product._sym_gemm, (a, a, c, 0.5, 2.0, 1.0))
     torch.library.opcheck(symmetric_product._sym_gemm, (a, a, None, 0.5, 0.0, 1.0))
     torch.library.opcheck(symmetric_product._sym_gemm_out, (a, a, c, 0.5, 2.0, 1.0, torch.empty(2, 5, 5)))
-    from prx_kernels.newton_schulz import _unit_norm
+    from prx_kernels.newton_schulz.iteration import _unit_norm
 
     torch.library.opcheck(_unit_norm, (a, 1e-7, torch.empty(2, 5, 3, dtype=torch.float16)))
 

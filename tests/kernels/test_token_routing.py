@@ -23,8 +23,8 @@ from prx_kernels import (
     kept_tokens,
     sample_keep,
     scatter_tokens,
-    token_routing,
 )
+from prx_kernels.routing import tokens as token_routing
 
 from . import routing_checks as checks
 from .conftest import ROOT
@@ -169,7 +169,7 @@ def test_opcheck(tensors, name):
 
 
 def test_opcheck_of_the_fused_ops(tensors):
-    fused = importlib.import_module("prx_kernels.routing_fused")
+    fused = importlib.import_module("prx_kernels.routing.fused")
     x, y, keep = tensors
     vector = rows(BATCH, WIDTH)
     torch.library.opcheck(fused._exit_gated, (y, y, vector, x, keep))

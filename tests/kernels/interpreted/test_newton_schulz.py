@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prx_kernels import _symmetric_kernels as kernels
-from prx_kernels._launch import jit, tl
+from prx_kernels.launch import jit, tl
+from prx_kernels.newton_schulz import symmetric_kernels as kernels
 from tests.kernels import newton_schulz_checks as checks
 
 DESCRIPTOR_CONFIGS = [config for _, config in kernels.TMA[90]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prx_kernels import _patch_embed_launch as launch
-from prx_kernels import _patch_embed_ops as ops
-from prx_kernels import _pixel_loss_kernels, patch_embed, reference, x_prediction_loss
+from prx_kernels import patch_embed, reference, x_prediction_loss
+from prx_kernels.patch_embed import launch, ops
+from prx_kernels.pixel_loss import kernels as _pixel_loss_kernels
 from prx_model import PRXConfig, PRXTransformer
 from prx_model.flow import sample_t
 from tests.kernels import pixel_checks as checks

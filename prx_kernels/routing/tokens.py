@@ -15,9 +15,9 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
-from . import _routing_kernels as kernels
-from . import reference
-from ._launch import NAMESPACE
+from .. import reference
+from ..launch import NAMESPACE
+from . import kernels
 
 MAX_TOKENS = kernels.MAX_TOKENS
 

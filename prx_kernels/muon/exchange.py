@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .muon_owners import Block, Layout, assign_owners, shard_rows
+from .owners import Block, Layout, assign_owners, shard_rows
 
 MIN_BUCKETS = 3  # with more than one rank: one bucket travels there, one is worked on, one travels back
 MAX_ELEMENTS = 1 << 27  # of a bucket on its owner: bounds the memory of a step

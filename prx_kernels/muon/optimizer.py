@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adamw_groups
-from .muon_distributed import Exchange
-from .muon_owners import Block, Layout, layout_of, local
-from .muon_plan import Member, Plan
-from .newton_schulz import newton_schulz
-from .polar_polynomials import COEFFICIENTS, Coefficients, newton_schulz_flop, polynomials, safe_restarts
-from .symmetric_product import DTYPES
+from ..newton_schulz.iteration import newton_schulz
+from ..newton_schulz.polynomials import COEFFICIENTS, Coefficients, newton_schulz_flop, polynomials, safe_restarts
+from ..newton_schulz.symmetric_product import DTYPES
+from . import adamw as adamw_groups
+from .exchange import Exchange
+from .owners import Block, Layout, layout_of, local
+from .plan import Member, Plan
 
 ADJUST_LR = (None, "original", "match_rms_adamw", "spectral_unclamped")
 

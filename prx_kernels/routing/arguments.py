@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .token_routing import gather_tokens
+from .tokens import gather_tokens
 
 Entries = int | tuple[int, ...] | Mapping[int, int | tuple[int, ...]]
 """Where in a per-token argument the entries of the tokens are, see `route_blocks`."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _patch_embed_launch as kernels
-from . import reference
-from ._launch import NAMESPACE
-from .token_routing import custom_op
+from .. import reference
+from ..launch import NAMESPACE
+from ..routing.tokens import custom_op
+from . import launch as kernels
 
 # --- ops ---------------------------------------------------------------------------------------------------------
 

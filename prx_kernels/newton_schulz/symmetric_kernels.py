@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from ._launch import Config, Table, alignment, capability, jit, on_device, tl, tuned
-from ._routing_kernels import hint
+from .. import reference
+from ..launch import Config, Table, alignment, capability, jit, on_device, tl, tuned
+from ..routing.kernels import hint
 
 # --- kernels -----------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import token_routing
-from ._launch import NAMESPACE
+from ..launch import NAMESPACE
+from . import tokens as token_routing
 
 _handles = itertools.count()
 _states: WeakValueDictionary[int, RouteState] = WeakValueDictionary()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launch import Config, Table, alignment, jit, on_device, tl, tuned
-from ._routing_kernels import hint
+from ..launch import Config, Table, alignment, jit, on_device, tl, tuned
+from ..routing.kernels import hint
 
 # --- device functions --------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launch import Config, Table, alignment, element_width, jit, on_device, tl, tuned
+from ..launch import Config, Table, alignment, element_width, jit, on_device, tl, tuned
 
 # --- kernels -----------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,10 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import _norm_kernels, reference
-from ._launch import NAMESPACE
-from .polar_polynomials import Coefficients, Polynomial, newton_schulz_flop, polynomials, safe_restarts
+from .. import reference
+from ..launch import NAMESPACE
+from . import norm_kernels as _norm_kernels
+from .polynomials import Coefficients, Polynomial, newton_schulz_flop, polynomials, safe_restarts
 from .symmetric_product import DTYPES, check_no_grad, sym_gemm
 
 # --- public ------------------------------------------------------------------------------------------------------

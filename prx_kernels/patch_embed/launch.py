@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _patch_embed_kernels as kernels
-from ._launch import Config, Table, alignment, on_device, tuned
+from ..launch import Config, Table, alignment, on_device, tuned
+from . import kernels
 
 # --- tables ------------------------------------------------------------------------------------------------------
 

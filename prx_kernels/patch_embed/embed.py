@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._patch_embed_ops import project
-from .pixel_loss import check_size
-from .token_routing import check_no_tangent
+from ..pixel_loss.loss import check_size
+from ..routing.tokens import check_no_tangent
+from .ops import project
 
 # --- public ------------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _muon_kernels as kernels
-from . import reference
-from ._launch import NAMESPACE
+from .. import reference
+from ..launch import NAMESPACE
+from . import kernels
 
 # --- ops ---------------------------------------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from . import _noise as kernels
-from . import reference
-from .token_routing import custom_op
+from .. import reference
+from ..routing.tokens import custom_op
+from . import kernels
 
 
 def philox_normal(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | None = None) -> Tensor:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from ._launch import Config, Table, alignment, jit, on_device, tl, tuned
-from ._routing_kernels import MERGE, as_rows, hint
-from .token_routing import added, check_keep, check_routed, checked_range, cleared, custom_op
+from .. import reference
+from ..launch import Config, Table, alignment, jit, on_device, tl, tuned
+from .kernels import MERGE, as_rows, hint
+from .tokens import added, check_keep, check_routed, checked_range, cleared, custom_op
 
 # --- public ------------------------------------------------------------------------------------------------------
 

@@ -6,9 +6,9 @@ offset from it, so that no unfolded tensor exists. `x_t = (1-t)·x0 + t·scale·
 
 from __future__ import annotations
 
-from ._launch import jit, tl
-from ._noise import normals_in_fours, normals_one_by_one, philox_counter
-from ._routing_kernels import hint
+from ..launch import jit, tl
+from ..noise.kernels import normals_in_fours, normals_one_by_one, philox_counter
+from ..routing.kernels import hint
 
 # --- device functions --------------------------------------------------------------------------------------------
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _pixel_loss_kernels as kernels
-from . import reference
-from .token_routing import check_no_tangent, custom_op
+from .. import reference
+from ..routing.tokens import check_no_tangent, custom_op
+from . import kernels
 
 # --- public ------------------------------------------------------------------------------------------------------
 # `patchify` and `unpatchify` are plain PyTorch: a permuting copy is one pass already, and a view to the compiler.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .muon_owners import gradient, is_dtensor, local
+from .owners import gradient, is_dtensor, local
 
 State = dict[str, Tensor]
 

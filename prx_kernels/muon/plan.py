@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .muon_distributed import Exchange
-from .muon_owners import gradient, local
-from .muon_passes import apply_update, momentum_update
+from .exchange import Exchange
+from .owners import gradient, local
+from .passes import apply_update, momentum_update
 
 Group = dict[str, Any]
 # Orthogonalises matrices of one parameter group.

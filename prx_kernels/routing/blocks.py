@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .reference import kept_tokens
-from .route_arguments import Argument, Entries, describe, positions, take, tuple_like
-from .route_state import RouteState, route_tokens
-from .token_routing import enter_route, exit_route
+from ..reference import kept_tokens
+from .arguments import Argument, Entries, describe, positions, take, tuple_like
+from .state import RouteState, route_tokens
+from .tokens import enter_route, exit_route
 
 # --- public ------------------------------------------------------------------------------------------------------
 

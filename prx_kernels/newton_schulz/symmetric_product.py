@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _symmetric_kernels as kernels
-from . import reference
-from ._launch import NAMESPACE
+from .. import reference
+from ..launch import NAMESPACE
+from . import symmetric_kernels as kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

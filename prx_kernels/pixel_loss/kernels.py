@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launch import Config, Table, alignment, jit, on_device, tl, tuned
-from ._patch_embed_kernels import feature_offsets, pixel_values, token_places
-from ._patch_embed_launch import picture_geometry
-from ._routing_kernels import hint
+from ..launch import Config, Table, alignment, jit, on_device, tl, tuned
+from ..patch_embed.kernels import feature_offsets, pixel_values, token_places
+from ..patch_embed.launch import picture_geometry
+from ..routing.kernels import hint
 
 # --- kernels -----------------------------------------------------------------------------------------------------
 
