@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from train import checkpoint_files as files
+from train.checkpoint import files
 
 
 def flip(path: Path) -> None:

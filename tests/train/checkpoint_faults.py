@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.train.checkpoint_ranks import start
-from train import checkpoint
-from train import checkpoint_files as files
-from train.checkpoint import Checkpointer
+from train.checkpoint import checkpointer as checkpoint
+from train.checkpoint import files
+from train.checkpoint.checkpointer import Checkpointer
 from train.errors import UserError
 
 STEPS, EVERY, STRUCK = 8, 2, 6

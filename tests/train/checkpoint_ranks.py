@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from train import checkpoint
-from train.checkpoint import Checkpointer, Tensors
+from train.checkpoint import checkpointer as checkpoint
+from train.checkpoint.checkpointer import Checkpointer, Tensors
 
 SHAPES = {"even": (4, 6), "uneven": (3, 5), "mostly_empty": (1, 7), "no_rows": (0, 3), "vector": (5,)}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool)

@@ -17,11 +17,13 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from train import evaluate, optimizers, speedrun  # noqa: E402
-from train.checkpoint import Checkpointer  # noqa: E402
-from train.checkpoint_storage import Writer  # noqa: E402
+from train import speedrun  # noqa: E402
+from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
+from train.checkpoint.storage import Writer  # noqa: E402
 from train.errors import exit_with_sentence  # noqa: E402
-from train.step import Learner  # noqa: E402
+from train.evaluation import evaluate  # noqa: E402
+from train.learner import optimizers  # noqa: E402
+from train.learner.step import Learner  # noqa: E402
 
 
 def die() -> None:

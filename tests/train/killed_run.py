@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)
 
-from train import checkpoint  # noqa: E402
+from train.checkpoint import checkpointer as checkpoint  # noqa: E402
 
 
 def start(words: list[str], folder: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -21,10 +21,11 @@ if __name__ == "__main__":
 
 from safetensors.torch import save_file  # noqa: E402
 
-from train import optimizers, parallel  # noqa: E402
 from train.data.loader import batches, open_dataset  # noqa: E402
+from train.learner import optimizers  # noqa: E402
+from train.learner.step import Learner  # noqa: E402
+from train.ranks import parallel  # noqa: E402
 from train.recipes import REPA, Compile, EMASettings, Parallel, Recipe, Routing, shapes  # noqa: E402
-from train.step import Learner  # noqa: E402
 
 STEPS = 10
 

@@ -13,7 +13,7 @@ from train.data.buckets import BucketPlan, assign, bucket_sizes, merge_small
 from train.data.loader import Batch, batches, bucket_counts, by_size, notes, open_dataset, open_validation
 from train.data.readers import ImageDataset
 from train.errors import UserError
-from train.parallel import World
+from train.ranks.parallel import World
 from train.recipes import Recipe, prx_512
 
 from .picture_files import plain, sentence, write_parquet
@@ -209,7 +209,9 @@ def test_size_columns_are_believed_and_headers_read_without_them(tmp_path: Path)
 def test_sizes_are_kept_in_the_index_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = recipe(data(tmp_path / "data", MIXED), data={"index_cache": str(tmp_path / "cache")})
     first = open_dataset(made.data, 0, 8)
-    monkeypatch.setattr("train.data.parquet.ParquetIndex.sizes", lambda *_: pytest.fail("the pictures were read again"))
+    monkeypatch.setattr(
+        "train.data.formats.parquet.ParquetIndex.sizes", lambda *_: pytest.fail("the pictures were read again")
+    )
     second = open_dataset(made.data, 0, 8)
     assert isinstance(first, ImageDataset)
     assert isinstance(second, ImageDataset)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.train.checkpoint_damage import DAMAGES, reseal
-from train import checkpoint
-from train import checkpoint_files as files
-from train.checkpoint import Checkpointer, Tensors, find_newest, load, load_into
+from train.checkpoint import checkpointer as checkpoint
+from train.checkpoint import files
+from train.checkpoint.checkpointer import Checkpointer, Tensors, find_newest, load, load_into
 from train.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -185,7 +185,7 @@ def test_a_pickle_under_another_name_is_refused_and_not_run(tmp_path: Path, name
     bomb(folder / name, mark, kind)
     reseal(folder)
     if name == "config.json" and kind == "0":
-        from train.run_folder import read_config
+        from train.run.folder import read_config
 
         with pytest.raises(UserError, match=name):
             read_config(folder)

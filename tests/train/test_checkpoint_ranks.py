@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.commands import ROOT
-from train import checkpoint
+from train.checkpoint import checkpointer as checkpoint
 
 LOADS = ("load:1:plain", "load:1:shard", "load:2:plain", "load:3:shard", "load:4:hsdp")
 SAVES = ("save:1:plain", "save:2:shard", "save:2:plain", "save:4:hsdp")

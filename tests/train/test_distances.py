@@ -15,11 +15,12 @@ from PIL import Image
 from torch import nn
 
 from tests.train.test_teaching import tiny
-from train import evaluate, parallel
 from train.data.loader import open_validation
-from train.distances import MMD, Distances, Embedder, fid, mmd
 from train.errors import UserError
+from train.evaluation import evaluate
+from train.evaluation.distances import MMD, Distances, Embedder, fid, mmd
 from train.loop import Trainer
+from train.ranks import parallel
 from train.recipes import Evaluation, Recipe, scenes, shapes
 
 CPU = torch.device("cpu")
@@ -54,7 +55,7 @@ def test_mmd_is_that_of_all_pairs_and_does_not_depend_on_how_rows_are_split(monk
 
     expected = 10 * (mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False))
     assert mmd(x, y, sigma=2, scale=10).item() == pytest.approx(expected, rel=1e-7)
-    monkeypatch.setattr("train.distances._ROWS", 3)
+    monkeypatch.setattr("train.evaluation.distances._ROWS", 3)
     assert mmd(x, y, sigma=2, scale=10).item() == pytest.approx(expected, rel=1e-7)
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tests.train.commands import ROOT, TINY
-from train import checkpoint
-from train.faults import EXIT_RESUME
+from train.checkpoint import checkpointer as checkpoint
+from train.ranks.faults import EXIT_RESUME
 
 STEPS = 12
 

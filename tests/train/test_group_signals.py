@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import checkpoint, faults
-from train.faults import AGAIN_SECONDS, EXIT_RESUME, StopSignals
-from train.parallel import World
+from train.checkpoint import checkpointer as checkpoint
+from train.ranks import faults
+from train.ranks.faults import AGAIN_SECONDS, EXIT_RESUME, StopSignals
+from train.ranks.parallel import World
 
 from .commands import ROOT, TINY
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from torch.utils.data import DataLoader
 
-import train.data.parquet
+import train.data.formats.parquet
 from train.data.example import Example
 from train.data.index import open_images
 from train.data.readers import ImageDataset
@@ -109,10 +109,10 @@ def test_row_groups_stay_in_memory_up_to_a_size_and_one_of_large_sets(
         return len(index._reader._tables)  # type: ignore[attr-defined]
 
     assert kept_after_a_walk() == 6
-    group = train.data.parquet.pq.ParquetFile(tmp_path / "a.parquet").read_row_group(0).nbytes
-    monkeypatch.setattr(train.data.parquet, "_KEEP_BYTES", 3 * group + group // 2)
+    group = train.data.formats.parquet.pq.ParquetFile(tmp_path / "a.parquet").read_row_group(0).nbytes
+    monkeypatch.setattr(train.data.formats.parquet, "_KEEP_BYTES", 3 * group + group // 2)
     assert kept_after_a_walk() == 3
-    monkeypatch.setattr(train.data.parquet, "_WORTH_KEEPING", 1)
+    monkeypatch.setattr(train.data.formats.parquet, "_WORTH_KEEPING", 1)
     assert kept_after_a_walk() == 1  # a set much larger than that
 
 

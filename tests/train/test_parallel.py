@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.train import ranks
-from train import parallel
 from train.data.loader import batches, open_dataset
 from train.errors import UserError
-from train.parallel import mesh_shape
+from train.learner.step import Learner
+from train.ranks import parallel
+from train.ranks.parallel import mesh_shape
 from train.recipes import Parallel
-from train.step import Learner
 
 ON_TWO = {
     "FSDP2": {"shard": 2},

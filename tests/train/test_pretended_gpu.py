@@ -16,15 +16,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from prx_model.config import PRXConfig
-from train import evaluate
-from train import step as training_step
-from train.build import Modules, build
 from train.data.loader import Batch
-from train.parallel import World
+from train.evaluation import evaluate
+from train.learner import step as training_step
+from train.learner.build import Modules, build
+from train.learner.step import Learner
+from train.learner.teaching import build_teachers
+from train.ranks.parallel import World
 from train.recipes import LPIPS, PDINO, REPA, Compile, Recipe, Routing, shapes
-from train.step import Learner
-from train.stopwatch import Stopwatch
-from train.teaching import build_teachers
+from train.run.stopwatch import Stopwatch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 TEACHERS = {

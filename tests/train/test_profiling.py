@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.train.test_teaching import tiny
-from train import parallel
 from train.commandline import parse
 from train.errors import UserError
 from train.loop import Trainer
-from train.profiling import steps_of
+from train.ranks import parallel
 from train.recipes import Profile, Recipe
+from train.run.profiling import steps_of
 
 
 def test_the_trace_holds_the_parts_of_the_steps_asked_for(tmp_path: Path) -> None:

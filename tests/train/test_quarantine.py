@@ -17,7 +17,7 @@ from train.data.index import open_images
 from train.data.loader import Batch, batches, notes, open_dataset, open_validation
 from train.data.quarantine import Quarantine
 from train.data.readers import ImageDataset
-from train.parallel import World
+from train.ranks.parallel import World
 from train.recipes import Recipe, prx_512
 
 from .picture_files import encoded, grey_tar, noise, plain, sentence, write_parquet, write_tar

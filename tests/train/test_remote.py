@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from train.data.formats.storage import Storage
 from train.data.index import open_images
 from train.data.loader import Batch, batches, open_dataset
-from train.data.storage import Storage
-from train.parallel import World
+from train.ranks.parallel import World
 from train.recipes import Recipe, prx_512
 
 from .picture_files import grey_tar, sentence, write_parquet

@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, Store
 
-from train.rendezvous import agree_on_name
+from train.ranks.rendezvous import agree_on_name
 
 SOON = timedelta(seconds=20)
 

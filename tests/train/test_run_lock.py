@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from tests.train.commands import ROOT
-from train import run_lock
 from train.errors import UserError
-from train.run_lock import LOCK, RunLock
+from train.run import lock as run_lock
+from train.run.lock import LOCK, RunLock
 
 
 def holder(folder: Path, then: str) -> subprocess.Popen[str]:
     """Start another process that holds the folder, and then does something."""
-    imports = "import os, time; from pathlib import Path; from train.run_lock import RunLock"
+    imports = "import os, time; from pathlib import Path; from train.run.lock import RunLock"
     code = f"{imports}; lock = RunLock(Path({str(folder)!r})); {then}"
     return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
 

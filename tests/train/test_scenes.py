@@ -5,8 +5,8 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 
-from train.data import scenes
-from train.data.scenes import COLOURS, RELATIONS, SHAPES, SIZES, SceneObject, ScenePrompt, ScenesDataset
+from train.data.drawn import scenes
+from train.data.drawn.scenes import COLOURS, RELATIONS, SHAPES, SIZES, SceneObject, ScenePrompt, ScenesDataset
 from train.errors import UserError
 
 PROMPT = ScenePrompt(SceneObject("small", "red", "circle"), "left of", SceneObject("big", "blue", "square"), "white")

@@ -5,8 +5,8 @@ from dataclasses import astuple
 import numpy as np
 import pytest
 
-from train.data import shapes
-from train.data.shapes import COLOURS, POSITIONS, SHAPES, Prompt, ShapesDataset
+from train.data.drawn import shapes
+from train.data.drawn.shapes import COLOURS, POSITIONS, SHAPES, Prompt, ShapesDataset
 from train.errors import UserError
 
 ALL = shapes.all_prompts()

@@ -10,11 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.train import ranks
-from train import parallel
 from train.data.loader import Batch, batches, open_dataset
-from train.meter import Meter
+from train.learner.step import T_BINS, Learner, micro_batches
+from train.ranks import parallel
 from train.recipes import Parallel
-from train.step import T_BINS, Learner, micro_batches
+from train.run.meter import Meter
 
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select"}
 """What a CUDA device would have to be waited for: their results decide values or shapes on the host."""

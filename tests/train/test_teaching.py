@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from benchmarks.roofline import vgg16_forward
-from train import checkpoint, parallel
+from train.checkpoint import checkpointer as checkpoint
 from train.data.loader import Batch, batches
 from train.errors import UserError
+from train.learner.teaching import build_teachers
 from train.loop import Outcome, Trainer
+from train.ranks import parallel
 from train.recipes import LPIPS, PDINO, REPA, Checkpoint, Output, Recipe, Routing, shapes
-from train.stages import carry_over, finished
-from train.teaching import build_teachers
+from train.run.stages import carry_over, finished
 
 REPA_SMALL = REPA(enabled=True, teacher="vit_small_patch16_dinov3", weights="random", layer=1)
 LPIPS_SMALL = LPIPS(enabled=True, weights="random")

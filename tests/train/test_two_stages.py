@@ -9,7 +9,7 @@ import torch
 from tests.model.test_text import saved  # noqa: F401  (a fixture: a tiny T5Gemma in a folder)
 from tests.train.commands import run_program
 from tests.train.picture_files import write_parquet
-from train import checkpoint
+from train.checkpoint import checkpointer as checkpoint
 
 STAGE = {
     "model.hidden-size": "64", "model.num-heads": "2", "model.axes-dim": "16 16", "model.depth": "4",

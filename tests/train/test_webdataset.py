@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 import pytest
 from PIL import Image
 
-from train.data import webdataset
+from train.data.formats import webdataset
+from train.data.formats.storage import Storage, expand
 from train.data.index import open_images
 from train.data.readers import ImageDataset
 from train.data.rows import BadSample, NoSplitError
-from train.data.storage import Storage, expand
 
 from .picture_files import encoded, grey_tar, levels, noise, plain, sentence, write_parquet, write_tar
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from prx_model.text import T5GemmaTower
-from train.build import build
 from train.commandline import parse
 from train.data.loader import open_dataset
 from train.data.readers import ImageDataset
 from train.data.text_cache import CachedText
-from train.parallel import World
+from train.learner.build import build
+from train.ranks.parallel import World
 from train.recipes import Recipe
 
 from ..commands import TINY

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.build import check
 from train.commandline import parse, precompute_command
 from train.data import text_cache
 from train.data.text_cache import CachedText, CacheIndex, Encoding, ShardWriter
 from train.errors import UserError
+from train.learner.build import check
 from train.precompute_text import precompute
 from train.recipes import Recipe
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from prx_model.packed_text import PackedText
-from train.build import build
 from train.data import text_cache
 from train.data.text_cache import Encoding, ShardWriter, dequantise, quantise
+from train.learner.build import build
 from train.precompute_text import precompute
 from train.recipes import Recipe
 

@@ -12,7 +12,7 @@ from train.data.loader import Batch
 from train.data.text_cache import CachedText
 from train.loop import Trainer
 from train.recipes import Recipe
-from train.trained import load_trained
+from train.run.trained import load_trained
 
 from .caches import ALONE, CAPTIONS, CPU, WIDTH, all_captions, cached, tower
 

@@ -16,10 +16,10 @@ from train.data.index import open_images
 from train.data.loader import open_dataset
 from train.data.readers import ImageDataset
 from train.data.text_cache import CacheIndex, Encoding, cache_bytes
-from train.parallel import World
-from train.plan import print_plan, text_cache_line
 from train.precompute_text import precompute
+from train.ranks.parallel import World
 from train.recipes import Recipe, prx_512
+from train.run.plan import print_plan, text_cache_line
 
 from ..commands import ROOT
 from ..picture_files import sentence, write_folder, write_parquet
@@ -83,7 +83,7 @@ def test_the_same_command_again_encodes_nothing_and_loads_no_encoder(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [(f.name, f.stat().st_mtime_ns) for f in shards(recipe.text.cache)]
-    monkeypatch.setattr("train.build.frozen_tower", lambda _: pytest.fail("there is nothing to encode"))
+    monkeypatch.setattr("train.learner.build.frozen_tower", lambda _: pytest.fail("there is nothing to encode"))
     assert "encoded 0 captions" in precompute(recipe, ALONE, shard_tokens=100)
     assert [(f.name, f.stat().st_mtime_ns) for f in shards(recipe.text.cache)] == before
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from prx_kernels import newton_schulz_flop
 from train.data.buckets import Size
-from train.optimizers import Named, split
-from train.parallel import World, average
-from train.plan import flop_per_image, mean_tokens, peak_flops
+from train.learner.optimizers import Named, split
+from train.learner.step import T_BINS, StepResult
+from train.ranks.parallel import World, average
 from train.recipes import Recipe
-from train.step import T_BINS, StepResult
+from train.run.plan import flop_per_image, mean_tokens, peak_flops
 
 
 class Meter:

@@ -6,7 +6,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from train.errors import UserError
-from train.parallel import World
+from train.ranks.parallel import World
 from train.recipes import Profile
 
 FOLDER = "profile"

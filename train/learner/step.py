@@ -17,15 +17,15 @@ from prx_kernels import sample_keep, x_prediction_loss
 from prx_model import flow
 from prx_model.ema import EMA
 from prx_model.packed_text import PackedText
-from train import parallel
-from train.build import Modules, build
 from train.data.loader import Batch
-from train.optimizers import Optimizers, clip_gradients, learning_rate_factor, named_parameters
-from train.parallel import World
+from train.learner.build import Modules, build
+from train.learner.optimizers import Optimizers, clip_gradients, learning_rate_factor, named_parameters
+from train.learner.teaching import TeacherLosses, build_teachers
 from train.randomness import derive_seed
+from train.ranks import parallel
+from train.ranks.parallel import World
 from train.recipes import Recipe
-from train.stopwatch import Stopwatch
-from train.teaching import TeacherLosses, build_teachers
+from train.run.stopwatch import Stopwatch
 
 T_BINS = 10
 """Equal parts of [0, 1] by which the loss is shown."""

@@ -14,12 +14,12 @@ from torch import Tensor
 from prx_kernels import x_prediction_loss
 from prx_model import flow
 from prx_model.sampler import sample
-from train.build import Modules
-from train.data import scenes, shapes
+from train.data.drawn import scenes, shapes
 from train.data.loader import HeldOut, by_size, collate, to_float, to_uint8
-from train.distances import Distances
-from train.parallel import World, average, gather
+from train.evaluation.distances import Distances
+from train.learner.build import Modules
 from train.randomness import derive_seed
+from train.ranks.parallel import World, average, gather
 from train.recipes import Recipe
 
 FIXED_T = (0.1, 0.3, 0.5, 0.7, 0.9)

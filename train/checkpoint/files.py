@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from train.errors import UserError
-from train.run_folder import CHECKPOINTS, CONFIG, LATEST
+from train.run.folder import CHECKPOINTS, CONFIG, LATEST
 
 FORMAT = 2
 """Of the folder; 1 had one whole file a section, written by rank 0."""

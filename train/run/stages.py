@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from train import checkpoint
-from train.agreement import Group
-from train.checkpoint import Tensors
+from train.checkpoint import checkpointer as checkpoint
+from train.checkpoint.checkpointer import Tensors
 from train.errors import UserError
+from train.ranks.agreement import Group
 from train.recipes import Recipe
-from train.run_folder import run_folder
+from train.run.folder import run_folder
 
 DROPPED = ("repa",)
 """Modules of the stage before that a stage without them does without, their optimizer state too."""

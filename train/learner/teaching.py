@@ -9,7 +9,7 @@ from train.data.loader import Batch, to_float
 from train.errors import UserError
 from train.randomness import derive_seed
 from train.recipes import Recipe
-from train.stopwatch import Stopwatch
+from train.run.stopwatch import Stopwatch
 
 
 def build_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from train.data.loader import Batch
 from train.data.worker_signals import STOPPING
 from train.errors import UserError
-from train.parallel import World, agree
+from train.ranks.parallel import World, agree
 
 EXIT_RESUME = 75
 """Exit code of a run that was asked to stop and saved: EX_TEMPFAIL of sysexits.h, "try again"."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prx_kernels import Muon
 from prx_kernels.reference import cpu_has_bfloat16
-from train.parallel import World, compute_dtype
+from train.ranks.parallel import World, compute_dtype
 from train.recipes import Recipe, Train
 
 Named = list[tuple[str, nn.Parameter]]

@@ -10,13 +10,13 @@ from prx_kernels import newton_schulz_flop
 from prx_model.flops import forward_flop, training_flop
 from prx_model.text import ByteTower
 from prx_model.transformer import PRXTransformer
-from train.build import check
 from train.commandline import DryRun
 from train.data.buckets import Size
 from train.data.loader import open_dataset, open_validation
 from train.data.readers import ImageDataset
 from train.data.text_cache import MEAN_TOKENS, cache_bytes
-from train.optimizers import Named, named_parameters, split
+from train.learner.build import check
+from train.learner.optimizers import Named, named_parameters, split
 from train.recipes import Recipe, TwoStages
 
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}

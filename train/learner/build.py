@@ -14,8 +14,8 @@ from prx_model.transformer import PRXTransformer
 from train.commandline import precompute_command
 from train.data.text_cache import CachedText, Encoding
 from train.errors import UserError
-from train.parallel import fill
 from train.randomness import derive_seed
+from train.ranks.parallel import fill
 from train.recipes import Recipe, Text
 
 

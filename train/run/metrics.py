@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from train.run_folder import METRICS
+from train.run.folder import METRICS
 
 _PLAIN_SECONDS = 10.0
 """Between two lines where the console is no terminal."""

@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from prx_model.teachers import REPA, Teacher
 from prx_model.transformer import PRXTransformer
 from train.errors import UserError
+from train.ranks.rendezvous import fresh_store
 from train.recipes import Compile, Parallel, Train
-from train.rendezvous import fresh_store
 
 
 @dataclass(frozen=True)

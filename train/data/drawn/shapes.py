@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.drawing import (
+from train.data.drawn.drawing import (
     COLOURS,
     SHAPES,
     canvas,

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from train import checkpoint_files as files
-from train.checkpoint_files import Entry, Piece, Stored
+from train.checkpoint import files
+from train.checkpoint.files import Entry, Piece, Stored
 
 
 class HostPlanner(DefaultSavePlanner):

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from train.data.formats.storage import MissingFile, Storage, is_url, without_query
 from train.data.rows import (
     SPLIT_COLUMN,
     BadSample,
@@ -26,7 +27,6 @@ from train.data.rows import (
     split_in_path,
 )
 from train.data.sizes import side_by_side, size_of_file, upright_size
-from train.data.storage import MissingFile, Storage, is_url, without_query
 from train.errors import UserError
 
 _KEEP_BYTES = 1 << 30

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from train import checkpoint_files as files
-from train.agreement import Group, gather, on_first
-from train.checkpoint_files import Entry, Stored, complete
+from train.checkpoint import files
+from train.checkpoint.files import Entry, Stored, complete
 from train.errors import UserError
-from train.run_lock import RunLock
+from train.ranks.agreement import Group, gather, on_first
+from train.run.lock import RunLock
 
 __all__ = ["Checkpointer", "Found", "Saved", "Tensors", "complete", "find_newest", "load", "load_into", "misfits"]
 
@@ -157,7 +157,7 @@ class Checkpointer:
         # Here, and not at the top: torch.distributed.checkpoint takes seconds to import, sympy and all.
         from torch.distributed.checkpoint import state_dict_saver
 
-        from train.checkpoint_storage import HostPlanner, Writer
+        from train.checkpoint.storage import HostPlanner, Writer
 
         writer = Writer(self.run, self.rank, self._step, facts, self.keep)
         try:
@@ -238,7 +238,7 @@ def load_into(found: Found, tensors: Tensors, group: Group = None, *, dropped: C
         raise UserError(f"the checkpoint {found.folder} does not fit this stage: {shown}")
     from torch.distributed.checkpoint import state_dict_loader
 
-    from train.checkpoint_storage import Reader, load_planner
+    from train.checkpoint.storage import Reader, load_planner
 
     flat = {f"{section}/{name}": t for section, content in tensors.items() for name, t in content.items()}
     with torch.no_grad():

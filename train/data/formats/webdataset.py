@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from train.data.formats.storage import MissingFile, Storage, is_url, without_query
 from train.data.rows import (
     BadSample,
     RawRow,
@@ -33,7 +34,6 @@ from train.data.rows import (
     split_in_path,
 )
 from train.data.sizes import upright_size
-from train.data.storage import MissingFile, Storage, is_url, without_query
 from train.errors import UserError
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "jfif")

@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 
-from train import checkpoint
-from train.build import Modules, build
+from train.checkpoint import checkpointer as checkpoint
 from train.errors import UserError
+from train.learner.build import Modules, build
 from train.recipes import Recipe
-from train.run_folder import CHECKPOINTS, CONFIG, read_config
+from train.run.folder import CHECKPOINTS, CONFIG, read_config
 
 
 @dataclass(frozen=True)
