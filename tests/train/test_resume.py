@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train.checkpoint_damage import DAMAGES
+from tests.train.checkpoint.damage import DAMAGES
 from tests.train.commands import TINY, run_program
 from train.checkpoint import checkpointer as checkpoint
 from train.commandline import parse

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.checkpoint_damage import reseal
+from tests.train.checkpoint.damage import reseal
 from tests.train.commands import ROOT, TINY, run_program
 from train.checkpoint import checkpointer as checkpoint
 from train.errors import UserError

@@ -7,7 +7,7 @@ import torch
 
 from prx_kernels.launch import jit, tl
 from prx_kernels.newton_schulz import symmetric_kernels as kernels
-from tests.kernels import newton_schulz_checks as checks
+from tests.kernels.newton_schulz import checks
 
 DESCRIPTOR_CONFIGS = [config for _, config in kernels.TMA[90]]
 POINTER_CONFIGS = [config for table in (kernels.POINTER, kernels.UNALIGNED, kernels.FLOAT32) for _, config in table[0]]

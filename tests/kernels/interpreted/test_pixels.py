@@ -10,7 +10,7 @@ from prx_kernels.patch_embed import launch, ops
 from prx_kernels.pixel_loss import kernels as _pixel_loss_kernels
 from prx_model import PRXConfig, PRXTransformer
 from prx_model.flow import sample_t
-from tests.kernels import pixel_checks as checks
+from tests.kernels.patch_embed import checks
 
 
 @pytest.mark.parametrize("case", checks.CASES, ids=str)
