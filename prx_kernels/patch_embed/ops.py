@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import reference
 from ..launch import NAMESPACE
+from ..routing import reference
 from ..routing.tokens import custom_op
 from . import launch as kernels
 

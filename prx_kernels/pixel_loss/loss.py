@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import reference
+from ..routing import reference
 from ..routing.tokens import check_no_tangent, custom_op
 from . import kernels
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reference import kept_tokens
 from .arguments import Argument, Entries, describe, positions, take, tuple_like
+from .reference import kept_tokens
 from .state import RouteState, route_tokens
 from .tokens import enter_route, exit_route
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..launch import Config, Table, alignment, jit, on_device, tl, tuned
+from . import reference
 from .kernels import MERGE, as_rows, hint
 from .tokens import added, check_keep, check_routed, checked_range, cleared, custom_op
 

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
-from .. import reference
 from ..launch import NAMESPACE
-from . import kernels
+from . import kernels, reference
 
 MAX_TOKENS = kernels.MAX_TOKENS
 

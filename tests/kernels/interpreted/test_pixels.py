@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prx_kernels import patch_embed, reference, x_prediction_loss
+from prx_kernels import patch_embed, x_prediction_loss
 from prx_kernels.patch_embed import launch, ops
 from prx_kernels.pixel_loss import kernels as _pixel_loss_kernels
+from prx_kernels.routing import reference
 from prx_model import PRXConfig, PRXTransformer
 from prx_model.flow import sample_t
 from tests.kernels.patch_embed import checks
