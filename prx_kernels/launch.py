@@ -1,4 +1,7 @@
-"""What every kernel file shares: the op namespace, Triton or its absence, launch settings by size and architecture."""
+"""The ground of every op: Triton or its absence, launch settings by size and architecture, the ops' namespace.
+
+An op's folder and this file are all that a copy of the op needs, with the folders that it imports.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
 triton: Any
 tl: Any
@@ -32,6 +37,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def jit(kernel: Callable[..., Any]) -> Any:
     """`triton.jit`, or the bare function where there is no Triton: it is then never launched."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+@jit
+def hint(number, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tell the compiler what the launcher checked. Triton's own argument hint knows 16 elements only, a row of
+    16·odd bytes (C = 1000 in bf16) would be copied in 2-byte pieces."""
+    return (number // ALIGN) * ALIGN
+
+
+# --- launch settings ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -88,3 +103,27 @@ def element_width(x: Tensor) -> Tensor:
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Make x's device current: Triton launches on the current one, which need not hold the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+# --- ops ---------------------------------------------------------------------------------------------------------
+
+
+def custom_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """A CUDA op in this package's namespace; its definition for the CPU, its fake and its backward follow it."""
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates, device_types="cuda")
+
+
+def check_no_tangent(name: str, *tensors: Tensor | None) -> None:
+    """Refuse forward-mode derivatives (torch.func.jvp): torch would silently take them to be zero through an op."""
+    if forward_ad._current_level >= 0:
+        for x in tensors:
+            dual: Any = None if x is None else forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+            if dual is not None and dual.tangent is not None:
+                raise NotImplementedError(
+                    f"{name} has no forward-mode derivative here; the definitions in prx_kernels.reference have"
+                )
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype that sums are formed in."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,37 +1,27 @@
-"""Plain-PyTorch definition of every op: the truth that kernels are tested against."""
+"""Plain-PyTorch definition of every op, by its name: the truth that kernels are tested against.
 
+Each stands beside its kernels, in the op's own `reference.py`. What runs here runs on any device and under autograd. It
+is also what a CPU executes, and the eager baseline of the benchmarks. Nothing here is tuned.
+"""
+
+from .launch import widened
+from .muon.reference import decayed_update, momentum_update
+from .newton_schulz.reference import cpu_has_bfloat16, multiply, newton_schulz, sym_gemm, unit_norm
+from .noise.reference import philox_normal, philox_uint32, uniform_from_uint32
+from .patch_embed.reference import noisy_image, patch_image_gradient, patch_project, patch_weight_gradient
+from .pixel_loss.reference import patchify, scaled, unpatchify, x_prediction_loss, x_prediction_loss_gradient
 from .routing.reference import (
     add_tokens,
     clear_tokens,
-    cpu_has_bfloat16,
-    decayed_update,
     enter_route_modulate,
     exit_route_gated,
     gate_backward,
     gather_tokens,
     kept_tokens,
     modulate_backward,
-    momentum_update,
-    multiply,
-    newton_schulz,
-    noisy_image,
-    patch_image_gradient,
-    patch_project,
-    patch_weight_gradient,
-    patchify,
-    philox_normal,
-    philox_uint32,
     sample_keep,
-    scaled,
     scatter_tokens,
     smallest_keys,
-    sym_gemm,
-    uniform_from_uint32,
-    unit_norm,
-    unpatchify,
-    widened,
-    x_prediction_loss,
-    x_prediction_loss_gradient,
 )
 
 __all__ = [

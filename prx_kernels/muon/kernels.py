@@ -1,4 +1,4 @@
-"""Triton kernels of Muon's two elementwise passes; the ops that use them stand in muon_passes.py.
+"""Triton kernels of Muon's two elementwise passes; the ops that use them stand in passes.py.
 
 Each is one launch a matrix and moves the least bytes: with float32 state and a bf16 update 14 bytes an entry for the
 momentum (`torch._foreach_*`: two lerps and a cast, 30) and 10 for the weights (two passes over them, 18 or 22).
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..launch import Config, Table, alignment, jit, on_device, tl, tuned
-from ..routing.kernels import hint
+from ..launch import Config, Table, alignment, hint, jit, on_device, tl, tuned
+from . import reference
 
 # --- kernels -----------------------------------------------------------------------------------------------------
 

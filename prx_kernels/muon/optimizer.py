@@ -16,7 +16,7 @@ from torch import Tensor
 from ..newton_schulz.iteration import newton_schulz
 from ..newton_schulz.polynomials import COEFFICIENTS, Coefficients, newton_schulz_flop, polynomials, safe_restarts
 from ..newton_schulz.symmetric_product import DTYPES
-from . import adamw as adamw_groups
+from . import adamw
 from .exchange import Exchange
 from .owners import Block, Layout, layout_of, local
 from .plan import Member, Plan
@@ -184,7 +184,7 @@ class Muon(torch.optim.Optimizer):
     def _fill_state(self, group: dict[str, Any], param: Any) -> None:
         state = self.state[param]
         if not group["use_muon"]:
-            for key, value in adamw_groups.new_state(param).items():
+            for key, value in adamw.new_state(param).items():
                 state.setdefault(key, value)
         elif "momentum_buffer" not in state:
             dtype = self._momentum_dtype(param)
@@ -266,10 +266,10 @@ class Muon(torch.optim.Optimizer):
         groups = [group for group in self.param_groups if not group["use_muon"]]
         params = [param for group in groups for param in group["params"]]
         if params:
-            gradients = adamw_groups.gradients(params)
-            found = adamw_groups.any_nonfinite(params, gradients)
+            gradients = adamw.gradients(params)
+            found = adamw.any_nonfinite(params, gradients)
             for group in groups:
-                adamw_groups.step(group, self.state, gradients, found)
+                adamw.step(group, self.state, gradients, found)
             self.nonfinite += found.to(self.nonfinite.device, torch.int64, non_blocking=True)
 
     def _plan(self) -> list[Plan]:

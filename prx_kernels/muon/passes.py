@@ -6,17 +6,15 @@ the weights and takes the update off them in one pass. No host synchronisation, 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import reference
-from ..launch import NAMESPACE
-from . import kernels
+from ..launch import custom_op
+from . import kernels, reference
 
 # --- ops ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::momentum_update", mutates_args=("buffers", "outs"), device_types="cuda")
+@custom_op("momentum_update", mutates=("buffers", "outs"))
 def momentum_update(
     grads: list[Tensor], buffers: list[Tensor], outs: list[Tensor], momentum: float, nesterov: bool
 ) -> None:
@@ -44,7 +42,7 @@ def _(grads: list[Tensor], buffers: list[Tensor], outs: list[Tensor], momentum: 
     return None
 
 
-@torch.library.custom_op(f"{NAMESPACE}::apply_update", mutates_args=("params",), device_types="cuda")
+@custom_op("apply_update", mutates=("params",))
 def apply_update(
     params: list[Tensor], updates: list[Tensor], ratios: list[float], lr: Tensor, weight_decay: float
 ) -> None:

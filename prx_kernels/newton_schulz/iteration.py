@@ -14,9 +14,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..launch import NAMESPACE
-from . import norm_kernels as _norm_kernels
+from ..launch import custom_op
+from . import norm_kernels, reference
 from .polynomials import Coefficients, Polynomial, newton_schulz_flop, polynomials, safe_restarts
 from .symmetric_product import DTYPES, check_no_grad, sym_gemm
 
@@ -240,9 +239,9 @@ def _exact_dtypes(device: torch.device) -> AbstractContextManager[Any]:
 # --- ops ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::unit_norm", mutates_args=("out",), device_types="cuda")
+@custom_op("unit_norm", mutates=("out",))
 def _unit_norm(G: Tensor, eps: float, out: Tensor) -> None:
-    _norm_kernels.unit_norm(G, eps, out)
+    norm_kernels.unit_norm(G, eps, out)
 
 
 @_unit_norm.register_kernel("cpu")

@@ -1,4 +1,4 @@
-"""Triton kernels that divide matrices by their Frobenius norms; the op that uses them stands in newton_schulz.py.
+"""Triton kernels that divide matrices by their Frobenius norms; the op that uses them stands in iteration.py.
 
 Two passes over the input: partial sums of squares, then the quotient. Nothing is added in an order that depends on time
 or on the place in a batch.
@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..launch import Config, Table, jit, on_device, tl, tuned
-from ..routing.kernels import hint
+from ..launch import Config, Table, hint, jit, on_device, tl, tuned
+from . import reference
 
 # --- kernels -----------------------------------------------------------------------------------------------------
 

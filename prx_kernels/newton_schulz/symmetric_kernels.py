@@ -1,4 +1,4 @@
-"""Triton kernels of symmetric products and what launches them; the ops that use them stand in newton_schulz.py.
+"""Triton kernels of symmetric products and what launches them; the ops that use them stand in symmetric_product.py.
 
 A program computes one tile of the upper triangle and writes it twice, the second time transposed. Two forms of one
 kernel: operands through TMA descriptors where the architecture has them, through pointers elsewhere.
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..launch import Config, Table, alignment, capability, jit, on_device, tl, tuned
-from ..routing.kernels import hint
+from ..launch import Config, Table, alignment, capability, hint, jit, on_device, tl, tuned
+from . import reference
 
 # --- kernels -----------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..launch import NAMESPACE
+from ..launch import custom_op
+from . import reference
 from . import symmetric_kernels as kernels
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -63,7 +63,7 @@ def sym_gemm(
 # --- ops ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sym_gemm", mutates_args=(), device_types="cuda")
+@custom_op("sym_gemm")
 def _sym_gemm(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float) -> Tensor:
     out = A.new_empty((A.shape[0], A.shape[1], A.shape[1]))
     kernels.sym_gemm(A, B, C, alpha, beta, gamma, out)
@@ -81,7 +81,7 @@ def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: 
     return A.new_empty((A.shape[0], A.shape[1], A.shape[1]))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::sym_gemm_out", mutates_args=("out",), device_types="cuda")
+@custom_op("sym_gemm_out", mutates=("out",))
 def _sym_gemm_out(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor) -> None:
     _check_overlap(out, A, B, C)
     kernels.sym_gemm(A, B, C, alpha, beta, gamma, out)

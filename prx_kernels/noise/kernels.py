@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..launch import Config, Table, alignment, jit, on_device, tl, tuned
-from ..routing.kernels import hint
+from ..launch import Config, Table, alignment, hint, jit, on_device, tl, tuned
 
 # --- device functions --------------------------------------------------------------------------------------------
 

@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..routing.tokens import custom_op
-from . import kernels
+from ..launch import custom_op
+from . import kernels, reference
 
 
 def philox_normal(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | None = None) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..launch import check_no_tangent
 from ..pixel_loss.loss import check_size
-from ..routing.tokens import check_no_tangent
 from .ops import project
 
 # --- public ------------------------------------------------------------------------------------------------------

@@ -6,45 +6,17 @@ offset from it, so that no unfolded tensor exists. `x_t = (1-t)·x0 + t·scale·
 
 from __future__ import annotations
 
-from ..launch import jit, tl
+from ..launch import hint, jit, tl
 from ..noise.kernels import normals_in_fours, normals_one_by_one, philox_counter
-from ..routing.kernels import hint
+from ..pixel_loss.kernels import feature_offsets, pixel_values, token_places
 
 # --- device functions --------------------------------------------------------------------------------------------
-
-
-@jit
-def token_places(rows, tokens, columns, width, sb, sh, sw, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of each token: its sample, the offset of its first pixel in memory, and that pixel's number in the sample."""
-    sample = rows // tokens
-    place = rows % tokens
-    y = (place // columns) * P
-    x = (place % columns) * P
-    offset = sample.to(tl.int64) * sb + y.to(tl.int64) * sh + x.to(tl.int64) * sw
-    return sample, offset, y * width + x
-
-
-@jit
-def feature_offsets(features, sc, sh, sw, P: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Offset in memory of each feature (channel, row, column) of a patch from the patch's first pixel."""
-    channel = (features // (P * P)).to(tl.int64)
-    row = ((features // P) % P).to(tl.int64)
-    return channel * sc + row * sh + (features % P).to(tl.int64) * sw
 
 
 @jit
 def feature_numbers(features, plane, width, P: tl.constexpr):  # type: ignore[no-untyped-def]
     """The same offset in row-major numbering of a sample's elements, which the noise follows whatever the strides."""
     return (features // (P * P)) * plane + ((features // P) % P) * width + features % P
-
-
-@jit
-def pixel_values(x):  # type: ignore[no-untyped-def]
-    """Pixels in float32; uint8 scaled to [-1, 1]."""
-    if x.dtype == tl.uint8:
-        return x.to(tl.float32) * (1.0 / 127.5) - 1.0
-    else:  # noqa: RET505 (Triton compiles one branch; without the else both)
-        return x.to(tl.float32)
 
 
 @jit

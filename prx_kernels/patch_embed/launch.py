@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..launch import Config, Table, alignment, on_device, tuned
+from ..pixel_loss.kernels import picture_geometry
 from . import kernels
 
 # --- tables ------------------------------------------------------------------------------------------------------
@@ -173,16 +174,6 @@ def _constants(
         "ALIGN": alignment(features, bottleneck),
         "PIXELS": alignment(*strides[:3]),
     }
-
-
-def picture_geometry(image: Tensor, patch_size: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Tokens, grid columns, width and pixels of a channel; and the picture's strides."""
-    batch, channels, height, width = image.shape
-    if channels * height * width >= 2**31:
-        raise ValueError(f"a picture must have fewer than 2^31 values, got {channels}x{height}x{width}")
-    columns = width // patch_size
-    strides = (image.stride(0), image.stride(1), image.stride(2), image.stride(3))
-    return (height // patch_size * columns, columns, width, height * width), strides
 
 
 def _noise_pointers(noise: Noise | None, absent: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..launch import NAMESPACE
-from ..routing import reference
-from ..routing.tokens import custom_op
+from ..launch import NAMESPACE, custom_op
 from . import launch as kernels
+from . import reference
 
 # --- ops ---------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Triton kernels of the x-prediction loss: one pass over tokens and pixels gives the loss and its gradient.
 
-Pixels are read where they stand, in patch order (`_patch_embed_kernels`). Sums are two-stage in a fixed order.
+Pixels are read where they stand, in patch order: a token is a place in the picture, a feature (channel, row, column) an
+offset from it. Sums are two-stage in a fixed order.
 """
 
 from __future__ import annotations
@@ -8,10 +9,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..launch import Config, Table, alignment, jit, on_device, tl, tuned
-from ..patch_embed.kernels import feature_offsets, pixel_values, token_places
-from ..patch_embed.launch import picture_geometry
-from ..routing.kernels import hint
+from ..launch import Config, Table, alignment, hint, jit, on_device, tl, tuned
+
+# --- device functions --------------------------------------------------------------------------------------------
+
+
+@jit
+def token_places(rows, tokens, columns, width, sb, sh, sw, P: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of each token: its sample, the offset of its first pixel in memory, and that pixel's number in the sample."""
+    sample = rows // tokens
+    place = rows % tokens
+    y = (place // columns) * P
+    x = (place % columns) * P
+    offset = sample.to(tl.int64) * sb + y.to(tl.int64) * sh + x.to(tl.int64) * sw
+    return sample, offset, y * width + x
+
+
+@jit
+def feature_offsets(features, sc, sh, sw, P: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Offset in memory of each feature (channel, row, column) of a patch from the patch's first pixel."""
+    channel = (features // (P * P)).to(tl.int64)
+    row = ((features // P) % P).to(tl.int64)
+    return channel * sc + row * sh + (features % P).to(tl.int64) * sw
+
+
+@jit
+def pixel_values(x):  # type: ignore[no-untyped-def]
+    """Pixels in float32; uint8 scaled to [-1, 1]."""
+    if x.dtype == tl.uint8:
+        return x.to(tl.float32) * (1.0 / 127.5) - 1.0
+    else:  # noqa: RET505 (Triton compiles one branch; without the else both)
+        return x.to(tl.float32)
+
 
 # --- kernels -----------------------------------------------------------------------------------------------------
 
@@ -73,6 +102,16 @@ LOSS: Table = {
 }
 SCALE: Table = {0: ((2**63, Config((("BLOCK", 2048),), num_warps=8)),)}
 _MAX_SAMPLES = 65_535  # programs in the second dimension of a grid
+
+
+def picture_geometry(image: Tensor, patch_size: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    """Tokens, grid columns, width and pixels of a channel; and the picture's strides."""
+    batch, channels, height, width = image.shape
+    if channels * height * width >= 2**31:
+        raise ValueError(f"a picture must have fewer than 2^31 values, got {channels}x{height}x{width}")
+    columns = width // patch_size
+    strides = (image.stride(0), image.stride(1), image.stride(2), image.stride(3))
+    return (height // patch_size * columns, columns, width, height * width), strides
 
 
 def loss(

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..routing import reference
-from ..routing.tokens import check_no_tangent, custom_op
-from . import kernels
+from ..launch import check_no_tangent, custom_op
+from . import kernels, reference
 
 # --- public ------------------------------------------------------------------------------------------------------
 # `patchify` and `unpatchify` are plain PyTorch: a permuting copy is one pass already, and a view to the compiler.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import Config, Table, alignment, jit, on_device, tl, tuned
+from ..launch import Config, Table, alignment, custom_op, hint, jit, on_device, tl, tuned
 from . import reference
-from .kernels import MERGE, as_rows, hint
-from .tokens import added, check_keep, check_routed, checked_range, cleared, custom_op
+from .kernels import MERGE, as_rows
+from .tokens import added, check_keep, check_routed, checked_range, cleared
 
 # --- public ------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Triton kernels of token routing and what launches them; the ops that use them stand in token_routing.py.
+"""Triton kernels of token routing and what launches them; the ops that use them stand in tokens.py.
 
 A copy runs on integer views of its tensors: one compiled kernel for all dtypes of a width, exact for all bits.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..launch import Config, Table, alignment, element_width, jit, on_device, tl, tuned
+from ..launch import Config, Table, alignment, element_width, hint, jit, on_device, tl, tuned
 
 # --- kernels -----------------------------------------------------------------------------------------------------
 
@@ -184,13 +184,6 @@ def _update_kernel(  # type: ignore[no-untyped-def]
         addend = y_ptr + batch * y_batch + rows.to(tl.int64)[:, None] * y_token + cols[None, :]
         values = tl.load(place, mask=mask, other=0) + tl.load(addend, mask=mask, other=0)
     tl.store(place, values, mask=mask)
-
-
-@jit
-def hint(number, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Tell the compiler what the launcher checked. Triton's own argument hint knows 16 elements only, a row of
-    16·odd bytes (C = 1000 in bf16) would be copied in 2-byte pieces."""
-    return (number // ALIGN) * ALIGN
 
 
 # --- launchers ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..launch import NAMESPACE
-from . import tokens as token_routing
+from .tokens import MAX_TOKENS, draw
 
 _handles = itertools.count()
 _states: WeakValueDictionary[int, RouteState] = WeakValueDictionary()
@@ -40,15 +40,13 @@ class RouteState:
 
     def draw(self, batch: int, tokens: int, kept: int, device: torch.device) -> Tensor:
         """(batch, kept) int32, a fresh set every call; the seed counts on the device, so that CUDA graphs replay it."""
-        if tokens > token_routing.MAX_TOKENS:
-            raise ValueError(
-                f"a route draws from at most {token_routing.MAX_TOKENS} tokens, got {tokens}: set route.fixed"
-            )
+        if tokens > MAX_TOKENS:
+            raise ValueError(f"a route draws from at most {MAX_TOKENS} tokens, got {tokens}: set route.fixed")
         if not isinstance(self._seed, Tensor) or self._seed.device != device:
             value = _signed(int(self._seed) + _rank_offset())
             with torch.inference_mode(False):  # a tensor from within could not count outside
                 self._seed = torch.tensor(value, dtype=torch.int64, device=device)
-        keep = token_routing.draw(torch.arange(batch, device=device), self._seed, tokens, kept)
+        keep = draw(torch.arange(batch, device=device), self._seed, tokens, kept)
         self._seed.add_(1)
         return keep
 

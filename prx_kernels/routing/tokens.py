@@ -7,15 +7,12 @@ gradient is right for the op alone, and what a pair can share is left to the com
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
-from torch.autograd import forward_ad
 
-from ..launch import NAMESPACE
+from ..launch import check_no_tangent, custom_op
 from . import kernels, reference
 
 MAX_TOKENS = kernels.MAX_TOKENS
@@ -139,17 +136,6 @@ def draw(sample_ids: Tensor, seed: Tensor, tokens: int, kept: int) -> Tensor:
     return keep
 
 
-def check_no_tangent(name: str, *tensors: Tensor | None) -> None:
-    """Refuse forward-mode derivatives (torch.func.jvp): torch would silently take them to be zero through an op."""
-    if forward_ad._current_level >= 0:
-        for x in tensors:
-            dual: Any = None if x is None else forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
-            if dual is not None and dual.tangent is not None:
-                raise NotImplementedError(
-                    f"{name} has no forward-mode derivative here; the definitions in prx_kernels.reference have"
-                )
-
-
 def check_keep(x: Tensor, keep: Tensor) -> None:
     check_no_tangent("token routing", x)
     if keep.dtype not in (torch.int32, torch.int64):
@@ -218,11 +204,6 @@ def _traced() -> bool:
 
 
 # --- ops ---------------------------------------------------------------------------------------------------------
-
-
-def custom_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """A CUDA op in this package's namespace; its definition for the CPU, its fake and its backward follow it."""
-    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates, device_types="cuda")
 
 
 @custom_op("sample_keep")

@@ -160,7 +160,7 @@ def test_normals_are_bitwise_the_same_in_any_batch() -> None:
 
 def test_normals_are_finite_at_the_smallest_and_the_largest_word(monkeypatch: pytest.MonkeyPatch) -> None:
     extremes = torch.tensor([[0, 0, ALL_ONES, ALL_ONES, 0, ALL_ONES]])
-    monkeypatch.setattr("prx_kernels.routing.reference.philox_uint32", lambda *_: extremes)
+    monkeypatch.setattr("prx_kernels.noise.reference.philox_uint32", lambda *_: extremes)
     x = philox_normal(torch.tensor(0), (1, 6))
     assert torch.isfinite(x).all()
     # The largest radius is sqrt(-2 ln 2^-24) = 5.768.

@@ -1,4 +1,4 @@
-"""Muon on 1, 2 and 4 gloo ranks. All checks run in one go (muon_ranks.py); a test here reads what one of them said."""
+"""Muon on 1, 2 and 4 gloo ranks. All checks run in one go (ranks.py); a test here reads what one of them said."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from . import ranks as muon_ranks
+from .ranks import SCHEDULE
 
 ROOT = Path(__file__).resolve().parents[3]
-CASES = [(check.__name__, ranks) for ranks, checks in muon_ranks.SCHEDULE.items() for check in checks]
+CASES = [(check.__name__, ranks) for ranks, checks in SCHEDULE.items() for check in checks]
 
 
 @pytest.fixture(scope="module")

@@ -270,9 +270,9 @@ def test_matrices_beyond_32_bits_on_the_gpu():
 def test_kernels_build_with_wide_accesses_and_without_spills(arch):
     pytest.importorskip("triton")
     from ..ahead_of_time import MAX_SHARED
-    from . import builds as muon_builds
+    from . import builds
 
-    for name, made in muon_builds.passes(arch):
+    for name, made in builds.passes(arch):
         assert made.stack == 0, name
         assert made.shared <= MAX_SHARED, name
         scalar = [4] if name.startswith("apply") else []  # the learning rate

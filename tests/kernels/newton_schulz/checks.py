@@ -8,7 +8,7 @@ import torch
 
 from prx_kernels import reference
 from prx_kernels.launch import Config
-from prx_kernels.newton_schulz import norm_kernels as _norm_kernels
+from prx_kernels.newton_schulz import norm_kernels
 from prx_kernels.newton_schulz import symmetric_kernels as kernels
 
 # (batch, n, k): one, ragged, one past a tile, several tiles; k below and above one stage.
@@ -119,7 +119,7 @@ def check_norm(shape: tuple[int, int, int], source: torch.dtype, dtype: torch.dt
     for i, scale in enumerate((1.0, limit / 8, 1e-4, 0.0, float("nan"), float("inf"))):
         G[i] = (G[i].double() * scale).to(source) if scale else 0
     out = torch.empty(shape, dtype=dtype, device=device)
-    _norm_kernels.unit_norm(G, 1e-7, out)
+    norm_kernels.unit_norm(G, 1e-7, out)
     truth = reference.unit_norm(G.double(), torch.float64, eps=1e-7)
     error = (out[:4].double() - truth[:4]).abs().max()
     # A few roundings in float32 (two quotients, a root, sums of up to 2¹⁶ terms in pieces), then one to dtype.
@@ -127,5 +127,5 @@ def check_norm(shape: tuple[int, int, int], source: torch.dtype, dtype: torch.dt
     assert out[4:].isnan().all(dim=2).all(dim=1).tolist() == [True, False] or out[4:].isnan().all()
     for i in range(shape[0]):
         alone = torch.empty((1, *shape[1:]), dtype=dtype, device=device)
-        _norm_kernels.unit_norm(G[i : i + 1].clone(), 1e-7, alone)
+        norm_kernels.unit_norm(G[i : i + 1].clone(), 1e-7, alone)
         assert torch.equal(alone[0], out[i]) or alone.isnan().any()

@@ -174,9 +174,9 @@ def show(arch: int, name: str, made) -> None:
 @pytest.mark.parametrize("arch", [90, 100, 103])
 def test_descriptor_kernels_build_without_spills(arch):
     pytest.importorskip("triton")
-    from . import builds as newton_schulz_builds
+    from . import builds
 
-    for name, made in newton_schulz_builds.with_descriptors(arch):
+    for name, made in builds.with_descriptors(arch):
         show(arch, name, made)
         assert "wgmma.mma_async" in made.ptx if arch == 90 else "tcgen05.mma" in made.ptx, name
         # Tiles come and go through descriptors alone: loads, stores, and the mirrored stores.
@@ -188,16 +188,16 @@ def test_descriptor_kernels_build_without_spills(arch):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_pointer_kernels_build_without_spills(arch):
     pytest.importorskip("triton")
-    from . import builds as newton_schulz_builds
+    from . import builds
 
     matrix = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[arch]
-    for name, made in newton_schulz_builds.with_pointers(arch):
+    for name, made in builds.with_pointers(arch):
         show(arch, name, made)
         assert ("fp32" in name) != (matrix in made.ptx), name
         assert set(made.accesses("ld")) == set(made.accesses("st")) == {16}, name
-    for name, made in newton_schulz_builds.unaligned(arch):
+    for name, made in builds.unaligned(arch):
         show(arch, name, made)
-    for name, made in newton_schulz_builds.norms(arch):
+    for name, made in builds.norms(arch):
         show(arch, name, made)
         assert 16 in made.accesses("ld"), name
         assert set(made.accesses("st")) == {16 if name.startswith("divide") else 4}, name

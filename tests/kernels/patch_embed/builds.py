@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from prx_kernels.launch import Config, Table
-from prx_kernels.noise import kernels as _noise
-from prx_kernels.patch_embed import kernels as _patch_embed_kernels
-from prx_kernels.patch_embed import launch
-from prx_kernels.pixel_loss import kernels as _pixel_loss_kernels
+from prx_kernels.noise import kernels as noise_kernels
+from prx_kernels.patch_embed import kernels, launch
+from prx_kernels.pixel_loss import kernels as loss_kernels
 
 from ..ahead_of_time import Build, build
 
@@ -42,7 +41,7 @@ def products(
         ("project", (launch.PROJECT, launch.PROJECT_NOISE, launch.PROJECT_SINGLE)),
         ("weight_gradient", (launch.WEIGHT, launch.WEIGHT_NOISE, launch.WEIGHT_SINGLE)),
     ):
-        kernel = getattr(_patch_embed_kernels, f"{name}_kernel")
+        kernel = getattr(kernels, f"{name}_kernel")
         types = signature(kernel, image_ptr=PIXELS[pixels], out_ptr="*fp32")
         bias = {"BIAS": False} if name == "project" else {}
         rows = list(rows_of(launch.product_table(tables, noise, patch, 1), arch))
@@ -52,7 +51,7 @@ def products(
 
 
 def image_gradient(arch: int) -> tuple[str, Build]:
-    kernel = _patch_embed_kernels.image_gradient_kernel
+    kernel = kernels.image_gradient_kernel
     constants = {"P": 32, "NOISE": True, "ALIGN": 16, "PIXELS": 16}
     return "image_gradient", build(kernel, signature(kernel), constants, launch.IMAGE[0][0][1], arch)
 
@@ -61,26 +60,26 @@ def float_products(arch: int) -> Iterator[tuple[str, Build]]:
     constants = {"P": 32, "NOISE": True, "FOURS": True, "ALIGN": 16, "PIXELS": 16}
     config = launch.FLOAT[0][0][1]
     for name in ("project", "weight_gradient", "image_gradient"):
-        kernel = getattr(_patch_embed_kernels, f"{name}_kernel")
+        kernel = getattr(kernels, f"{name}_kernel")
         own = {k: v for k, v in {**constants, "BIAS": True, "PARTIAL": False, "sw": 1}.items() if k in kernel.arg_names}
         yield f"{name} float32", build(kernel, signature(kernel, "*fp32"), own, config, arch)
 
 
 def streams(arch: int) -> Iterator[tuple[str, Build]]:
     """The kernels whose time is that of memory: loss, its scaling, the sum of partial sums, normals."""
-    kernel = _pixel_loss_kernels._loss_kernel
-    for _, config in _pixel_loss_kernels.LOSS[0]:
+    kernel = loss_kernels._loss_kernel
+    for _, config in loss_kernels.LOSS[0]:
         for pixels in ("bf16", "fp32"):
             constants = {"P": 32, "GRAD": True, "ALIGN": 16, "PIXELS": 16, "sw": 1}
             made = build(kernel, signature(kernel, image_ptr=PIXELS[pixels]), constants, config, arch)
             yield f"loss {pixels} {config.tile}", made
-    kernel, config = _pixel_loss_kernels._scale_kernel, _pixel_loss_kernels.SCALE[0][0][1]
+    kernel, config = loss_kernels._scale_kernel, loss_kernels.SCALE[0][0][1]
     for in_place in (True, False):
         made = build(kernel, signature(kernel), {"IN_PLACE": in_place, "ALIGN": 16}, config, arch)
         yield f"scale in_place={in_place}", made
-    kernel, config = _patch_embed_kernels.sum_parts_kernel, launch.SUM_PARTS[0][0][1]
+    kernel, config = kernels.sum_parts_kernel, launch.SUM_PARTS[0][0][1]
     types = signature(kernel, parts_ptr="*fp32")
     yield "sum_parts", build(kernel, types, {"BIAS": False, "ALIGN": 16}, config, arch)
-    kernel = _noise._normal_kernel
-    for _, config in _noise.NORMAL[0]:
+    kernel = noise_kernels._normal_kernel
+    for _, config in noise_kernels.NORMAL[0]:
         yield f"normal {config.tile}", build(kernel, signature(kernel, "*fp32"), {"ALIGN": 16}, config, arch)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from prx_kernels import reference
-from prx_kernels.noise import kernels as _noise
-from prx_kernels.patch_embed import launch as _patch_embed_launch
+from prx_kernels.noise import kernels as noise_kernels
+from prx_kernels.patch_embed import launch
 from prx_kernels.patch_embed.launch import Noise
-from prx_kernels.pixel_loss import kernels as _pixel_loss_kernels
+from prx_kernels.pixel_loss import kernels as loss_kernels
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,6 @@ def check_product(case: Case, kind: str, dtype: torch.dtype, noisy: bool, device
     tokens = (case.height // p) * (case.width // p)
     grad = torch.randn(case.batch, tokens, case.bottleneck, generator=generator).to(device, dtype)
     exact = image.double() if image.is_floating_point() else reference.scaled(image).double()
-    launch = _patch_embed_launch
     near(
         launch.project(image, weight, bias, p, noise),
         reference.patch_project(image, weight, bias, *drawn, p, scale),
@@ -115,10 +114,10 @@ def check_loss(case: Case, kind: str, dtype: torch.dtype, device: str) -> None:
     exact = reference.x_prediction_loss_gradient(tokens.double(), exact_image, t, p, 0.05, 0.7)
     formula = reference.x_prediction_loss_gradient(tokens, image, t, p, 0.05, 0.7)
     gradient = torch.empty(shape, dtype=dtype, device=device)
-    losses = _pixel_loss_kernels.loss(tokens, image, t, p, 0.05, gradient, 0.7)
+    losses = loss_kernels.loss(tokens, image, t, p, 0.05, gradient, 0.7)
     for actual, plain, truth in zip((losses, gradient), formula, exact, strict=True):
         near(actual, plain, truth)
-    assert torch.equal(_pixel_loss_kernels.loss(tokens, image, t, p, 0.05, None, 0.0), losses)
+    assert torch.equal(loss_kernels.loss(tokens, image, t, p, 0.05, None, 0.0), losses)
 
 
 def check_scale(dtype: torch.dtype, device: str) -> None:
@@ -128,10 +127,10 @@ def check_scale(dtype: torch.dtype, device: str) -> None:
         factor = factor.to(device)
         expected = (x.float() * (factor if factor.ndim == 0 else factor[:, None, None])).to(dtype)
         before = x.clone()
-        out = _pixel_loss_kernels.scale(x, factor, 1.0, in_place=False)
+        out = loss_kernels.scale(x, factor, 1.0, in_place=False)
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
         assert torch.equal(x, before)
-        _pixel_loss_kernels.scale(before, factor, 1.0, in_place=True)
+        loss_kernels.scale(before, factor, 1.0, in_place=True)
         torch.testing.assert_close(before, expected, rtol=0, atol=0)
 
 
@@ -139,6 +138,6 @@ def check_noise(device: str) -> None:
     """Normals to 1e-6, which integers that differ in any bit would not give, for any 64 bits of seed and id."""
     ids = torch.tensor([0, 1, -1, 2**32, 2**63 - 1, -(2**63)])
     for seed, count in ((0, 1), (-1, 7), (2**40 + 17, 5003), (-(2**63), 1024)):
-        drawn = _noise.normal(ids.to(device), torch.tensor([seed], device=device), count)
+        drawn = noise_kernels.normal(ids.to(device), torch.tensor([seed], device=device), count)
         expected = reference.philox_normal(torch.tensor([seed]), (len(ids), count), sample_ids=ids)
         torch.testing.assert_close(drawn.cpu(), expected, rtol=0, atol=1e-6)

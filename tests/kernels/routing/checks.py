@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from prx_kernels import reference
-from prx_kernels.routing import fused as routing_fused
-from prx_kernels.routing import kernels
+from prx_kernels.routing import fused, kernels
 
 # (batch, tokens, kept, width): ragged in every dimension, tiles that end inside and at the edge, all tokens kept.
 SHAPES = [(2, 7, 3, 5), (1, 2, 1, 1), (2, 33, 16, 70), (2, 17, 17, 64), (1, 300, 290, 17), (1, 18, 9, 264)]
@@ -64,10 +63,10 @@ def check_fused(shape, dtype: torch.dtype, device: str) -> None:
     y, branch, grad_y, grad_h = (numbers(batch, kept + n, width, device=device, dtype=dtype)[:, n:] for n in range(4))
     shift, scale, gate = numbers(batch, 3 * width, device=device, dtype=dtype).chunk(3, dim=1)
     for launch, definition, arguments in (
-        (routing_fused.launch_enter_modulate, enter_modulate, (x, keep, shift, scale)),
-        (routing_fused.launch_modulate_backward, modulate_backward, (grad_y, grad_h, y, scale)),
+        (fused.launch_enter_modulate, enter_modulate, (x, keep, shift, scale)),
+        (fused.launch_modulate_backward, modulate_backward, (grad_y, grad_h, y, scale)),
         (launch_exit_gated, exit_gated, (y, branch, gate, x, keep)),
-        (routing_fused.launch_gate_backward, reference.gate_backward, (grad, branch, gate, keep)),
+        (fused.launch_gate_backward, reference.gate_backward, (grad, branch, gate, keep)),
     ):
         eps = (1e-6,) if definition in (enter_modulate, modulate_backward) else ()
         exact = definition(*(a.double() if a.is_floating_point() else a for a in arguments), *eps)
@@ -94,7 +93,7 @@ def exit_gated(*arguments):
 
 
 def launch_exit_gated(*arguments):
-    return (routing_fused.launch_exit_gated(*arguments),)
+    return (fused.launch_exit_gated(*arguments),)
 
 
 def check_sample_keep(tokens: int, kept: int, device: str) -> None:
@@ -139,9 +138,9 @@ def check_index_out_of_range(device: str) -> None:
     before, x = whole.clone(), whole[1:3]
     y, shift = numbers(2, 2, 8, device=device, dtype=torch.float32), numbers(2, 8, device=device, dtype=torch.float32)
     assert kernels.gather(x, keep).isnan().all(dim=2).tolist() == outside
-    entered, modulated = routing_fused.launch_enter_modulate(x, keep, shift, shift, 1e-6)
+    entered, modulated = fused.launch_enter_modulate(x, keep, shift, shift, 1e-6)
     assert entered.isnan().all(dim=2).tolist() == modulated.isnan().all(dim=2).tolist() == outside
-    rows, _, _ = routing_fused.launch_gate_backward(x, y, shift, keep)
+    rows, _, _ = fused.launch_gate_backward(x, y, shift, keep)
     assert (rows == 0).all(dim=2).tolist() == outside
     kernels.update(x, y, keep)
     before[1, 0] += y[0, 0]

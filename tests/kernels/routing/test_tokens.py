@@ -183,7 +183,7 @@ def test_opcheck_of_the_fused_ops(tensors):
 
 # --- bytes -------------------------------------------------------------------------------------------------------
 
-# Rows read and written by each op for N tokens of which K are kept (`_routing_kernels.py`), indices left out.
+# Rows read and written by each op for N tokens of which K are kept (`routing/kernels.py`), indices left out.
 ROWS = {
     "gather_tokens": lambda n, k: 2 * k,
     "scatter_tokens": lambda n, k: (k + (n - k)) + n,
@@ -329,11 +329,11 @@ def test_kernels_equal_the_definitions_on_the_gpu(dtype):
 def test_kernels_build_without_spills_and_copy_by_sixteen_bytes(arch):
     pytest.importorskip("triton")
     from .. import ahead_of_time
-    from . import builds as routing_builds
+    from . import builds
 
-    copies = list(routing_builds.copies(arch))
-    fused = list(routing_builds.fused_forms(arch, widths=(2, 4) if arch == 90 else (2,)))
-    for name, made in (*copies, *fused, *routing_builds.sample_keep(arch)):
+    copies = list(builds.copies(arch))
+    fused = list(builds.fused_forms(arch, widths=(2, 4) if arch == 90 else (2,)))
+    for name, made in (*copies, *fused, *builds.sample_keep(arch)):
         print(f"sm_{arch} {name}: {made.registers} registers, {made.stack} spilled, {made.shared} bytes shared")
         assert made.stack == 0, name
         assert made.shared <= ahead_of_time.MAX_SHARED, name
