@@ -24,7 +24,7 @@ from prx_kernels import (
     sample_keep,
     scatter_tokens,
 )
-from prx_kernels.routing import tokens as token_routing
+from prx_kernels.routing import tokens as module
 
 from ..conftest import ROOT
 from . import checks
@@ -165,7 +165,7 @@ def test_opcheck(tensors, name):
         "add": (x, y, keep), "clear_": (x.detach(), keep), "add_": (x.detach(), y.detach(), keep),
         "sample_keep": (torch.arange(3), torch.tensor(4), 9, 5),
     }[name]  # fmt: skip
-    torch.library.opcheck(getattr(token_routing, f"_{name}"), arguments)
+    torch.library.opcheck(getattr(module, f"_{name}"), arguments)
 
 
 def test_opcheck_of_the_fused_ops(tensors):

@@ -1,4 +1,4 @@
-"""Small trainings whose saves are struck by faults, in forked processes; run by test_checkpoint_faults.py.
+"""Small trainings whose saves are struck by faults, in forked processes; run by test_faults.py.
 
 python -m tests.train.checkpoint.faults <folder> <fault> …  prints as JSON what became of each.
 """

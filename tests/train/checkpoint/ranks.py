@@ -1,4 +1,4 @@
-"""Ranks on gloo that save and load tiny tensors in all layouts; run by test_checkpoint_ranks.py.
+"""Ranks on gloo that save and load tiny tensors in all layouts; run by test_ranks.py.
 
 python -m tests.train.checkpoint.ranks <folder> save:2:shard load:4:hsdp …  forks ranks for each step, one after the
 other, and prints as JSON how many ranks of each step failed.
