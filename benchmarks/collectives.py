@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.roofline import newton_schulz
-from prx_kernels.muon_distributed import Exchange
-from prx_kernels.muon_owners import Block, Layout
+from prx_kernels.muon.exchange import Exchange
+from prx_kernels.muon.owners import Block, Layout
 
 Shape = tuple[int, ...]
 
@@ -117,7 +117,7 @@ def sharded(shapes: Sequence[Shape], shards: int) -> list[int]:
 
 
 def fsdp_step(groups: Sequence[Sequence[Shape]], layout: Layout, *, reshard: bool) -> Volumes:
-    """FSDP2 over the shapes of each group of parameters, as train/parallel.py sets it up.
+    """FSDP2 over the shapes of each group of parameters, as train/ranks/parallel.py sets it up.
 
     bf16 weights are gathered among the shards, once for forward and, where they are dropped after it, once more for
     backward: the root's too, as `reshard_after_forward` is given for it. float32 gradients are reduce-scattered among

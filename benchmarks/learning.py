@@ -23,15 +23,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from train import ablate, loop, parallel
-from train import step as training_step
+from train import ablate, loop
 from train.ablate import HELD_OUT, Point, Reached, reach, read
 from train.commandline import parse
 from train.errors import UserError, exit_with_sentence
-from train.optimizers import Named, Optimizers, split
+from train.learner import step as training_step
+from train.learner.optimizers import Named, Optimizers, split
+from train.ranks import parallel
 from train.recipes import Recipe
-from train.run_folder import METRICS, SAMPLES, run_folder
-from train.stages import finished
+from train.run.folder import METRICS, SAMPLES, run_folder
+from train.run.stages import finished
 
 
 class TorchOptimizers(Optimizers):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.clock import device_timing, wall_timing
-from train.plan import peak_flops
+from train.run.plan import peak_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = (

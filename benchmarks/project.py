@@ -1,6 +1,6 @@
 """What step times make of the whole recipe: hours and dollars on N nodes of M GPUs, with every assumption printed.
 
-Weights lie on the GPUs as train/parallel.py lays out the presets. The roofline's table of floors is printed first.
+Weights lie on the GPUs as train/ranks/parallel.py lays out the presets. The roofline's floors are printed first.
 
 python -m benchmarks.project                                     # from the roofline's floors
 python -m benchmarks.project --results benchmarks/results/*.json # from measured steps
@@ -31,9 +31,9 @@ from benchmarks.roofline import (
     owner_sample,
     prx_muon_shapes,
 )
-from prx_kernels.muon_owners import Layout
+from prx_kernels.muon.owners import Layout
 from prx_model import PRXConfig, PRXTransformer
-from train.parallel import mesh_shape
+from train.ranks.parallel import mesh_shape
 from train.recipes import Parallel, Recipe, prx_512, prx_1024
 
 BUDGET_HOURS, BUDGET_DOLLARS = 24.0, 1500.0
@@ -189,7 +189,7 @@ def _parts(seconds: float, step: Step, recipe: Recipe, speed: Speed, assumed: As
 
 
 def rank_layout(settings: Parallel, network: Network, rank: int = 0) -> Layout:
-    """Where a rank stands in the mesh that train/parallel.py makes of these settings on this network."""
+    """Where a rank stands in the mesh that train/ranks/parallel.py makes of these settings on this network."""
     replicas, shards = mesh_shape(settings, network.ranks, network.gpus)
     return Layout(shards=shards, shard=rank % shards, replicas=replicas, replica=rank // shards)
 
@@ -293,8 +293,8 @@ def assumptions(speed: Speed, assumed: Assumptions) -> list[str]:
         f"forward, teachers and backward at 32 and 16 pictures a GPU take {speed.seconds[0] * 1e3:.1f} and "
         f"{speed.seconds[1] * 1e3:.1f} ms ({speed.known}); other numbers of GPUs share the recipe's batch, at the "
         "same time a picture",
-        f"{described(layout)}, as train/parallel.py lays the presets out on {n.nodes} x {n.gpus} GPUs; the denoiser's "
-        "alone: REPA's projector, 0.3% of it, is left out",
+        f"{described(layout)}, as train/ranks/parallel.py lays the presets out on {n.nodes} x {n.gpus} GPUs; the "
+        "denoiser's alone: REPA's projector, 0.3% of it, is left out",
         f"bf16 weights are gathered among the shards once for forward {again}; float32 gradients are reduce-scattered "
         "among the shards and all-reduced over replicas, if there are any; one collective after the other, "
         f"{assumed.overlap:.0%} of it can hide behind computation",

@@ -18,10 +18,10 @@ from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.collectives import Moved, Shape, Volumes, agreements, fsdp_step, muon_step
 from prx_kernels import Muon
-from prx_kernels.muon_owners import Layout
+from prx_kernels.muon.owners import Layout
 from prx_model import PRXConfig, PRXTransformer
-from train import parallel
-from train.optimizers import clip_gradients, named_parameters, split
+from train.learner.optimizers import clip_gradients, named_parameters, split
+from train.ranks import parallel
 from train.recipes import Compile, Parallel, Recipe, prx_512
 
 CONFIG = PRXConfig(
@@ -120,7 +120,7 @@ def _worker(rank: int, case: Case, folder: str) -> None:
     parallel.shard(model, world, recipe.parallel, recipe.train, recipe.compile)
     named = named_parameters({"model": model})
     muon, adam = split(named, recipe)
-    # Not `train.optimizers.Optimizers`, which on a CPU orthogonalises in another dtype: costs and owners would differ.
+    # Not the trainer's `Optimizers`, which on a CPU orthogonalises in another dtype: costs and owners would differ.
     optimizer = Muon([{"params": muon}, {"params": adam, "use_muon": False}])
     image, t = torch.randn(2, 3, 16, 16), torch.tensor([0.3, 0.8])
     text, mask = torch.randn(2, 4, CONFIG.context_in_dim), torch.ones(2, 4, dtype=torch.bool)

@@ -76,7 +76,7 @@ def test_random_access_beyond_memory(
     benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """One picture of 100 kB, not decoded, from a set of which nothing stays in memory."""
-    monkeypatch.setattr("train.data.parquet._KEEP_BYTES", 0)
+    monkeypatch.setattr("train.data.formats.parquet._KEEP_BYTES", 0)
     body = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8).tobytes()
     if kind == "tar":
         with tarfile.open(tmp_path / "a.tar", "w") as tar:

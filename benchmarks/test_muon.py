@@ -18,7 +18,7 @@ from benchmarks.measure import Measure
 from benchmarks.peers import eager_on_cpu, require
 from benchmarks.roofline import adamw_step, muon_step, prx_muon_shapes
 from prx_model.config import PRXConfig, prx_1_2b
-from train import parallel
+from train.ranks import parallel
 from train.recipes import Train
 
 GPU = torch.cuda.is_available()

@@ -24,8 +24,8 @@ from benchmarks.sizes import GPU, Case, cases
 from benchmarks.test_muon import LR, first_update
 from benchmarks.trainer_step import AnyStep, TrainerStep, make_step
 from benchmarks.training_step import LADDER, WHOLE, WITHOUT_OPTIMIZER, TrainingStep, Way, draws_of
-from prx_kernels.muon_owners import local
-from train.optimizers import split
+from prx_kernels.muon.owners import local
+from train.learner.optimizers import split
 
 CLOCKS = ("wall",)
 WHOLE_STEP, BUILT_UP = "training step, all ingredients", "training step, built up"

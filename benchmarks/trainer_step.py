@@ -1,4 +1,4 @@
-"""The whole step as `train/speedrun.py` does it: `train.step.Learner`, weights cast by FSDP2, text read from a cache.
+"""The whole step as `train/speedrun.py` does it: `train.learner.step`, weights cast by FSDP2, text read from a cache.
 
 Beside `training_step.TrainingStep`, which builds the same step up under autocast, as everyone else's is timed.
 """
@@ -15,13 +15,13 @@ from torch import Tensor
 from benchmarks import denoisers
 from benchmarks.sizes import Case
 from benchmarks.training_step import Draws, TrainingStep, Way, make_inputs, random_teachers, recipe_of
-from prx_kernels.muon_owners import local
-from train import parallel
-from train import step as train_step
+from prx_kernels.muon.owners import local
 from train.data.loader import Batch
 from train.data.text_cache import Encoding, ShardWriter
+from train.learner import step as train_step
+from train.learner.step import Learner
+from train.ranks import parallel
 from train.recipes import Recipe, Text
-from train.step import Learner
 
 
 class TrainerStep:

@@ -23,12 +23,12 @@ from prx_kernels import philox_normal, sample_keep, x_prediction_loss
 from prx_model import EMA, flow
 from prx_model.packed_text import PackedText, pack
 from prx_model.teachers import Prediction, Teacher
-from train import parallel
 from train.data.loader import Batch, to_float
-from train.optimizers import Optimizers, clip_gradients, named_parameters, split
+from train.learner.optimizers import Optimizers, clip_gradients, named_parameters, split
+from train.learner.teaching import TeacherLosses, build_teachers
+from train.ranks import parallel
 from train.recipes import Compile, Recipe, prx_512, prx_1024
-from train.stopwatch import Stopwatch
-from train.teaching import TeacherLosses, build_teachers
+from train.run.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ class TrainingStep:
         """bf16 products over float32 weights, for every way alike; the trainer's FSDP2 casts once a step instead."""
         return torch.autocast(device().type, torch.bfloat16, enabled=GPU and not self.exact)
 
-    # --- ours: what train/step.py does ---------------------------------------------------------------------------
+    # --- ours: what train/learner/step.py does -------------------------------------------------------------------
 
     def _our_loss(self, draws: Draws | None) -> Tensor:
         recipe, inputs = self.recipe, self.inputs

@@ -3,18 +3,24 @@
 Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definition in `prx_kernels.reference`.
 """
 
-from .muon import Muon
-from .muon_owners import assign_owners
-from .newton_schulz import newton_schulz, zeropower_via_newtonschulz5
+from . import reference as reference
+from .muon import Muon, assign_owners
+from .newton_schulz import newton_schulz, newton_schulz_flop, safe_restarts, sym_gemm, zeropower_via_newtonschulz5
 from .noise import philox_normal
 from .patch_embed import BottleneckPatchEmbed, patch_embed
 from .pixel_loss import patchify, unpatchify, x_prediction_loss
-from .polar_polynomials import newton_schulz_flop, safe_restarts
-from .reference import kept_tokens
-from .route_blocks import Route, route_blocks
-from .routing_fused import enter_route_modulate, exit_route_gated
-from .symmetric_product import sym_gemm
-from .token_routing import enter_route, exit_route, gather_tokens, sample_keep, scatter_tokens
+from .routing import (
+    Route,
+    enter_route,
+    enter_route_modulate,
+    exit_route,
+    exit_route_gated,
+    gather_tokens,
+    kept_tokens,
+    route_blocks,
+    sample_keep,
+    scatter_tokens,
+)
 
 __version__ = "0.1.0"
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,48 @@ ROOT = Path(__file__).resolve().parents[1]
 # The parts of the repository, lowest first; each may import itself and what stands before it.
 LAYERS = ("prx_kernels", "prx_model", "train", "benchmarks")
 UPPER = {"benchmarks", "examples", "tests"}
+# What stands on which floor of a package, lowest first. An entry is a module, a folder or a pattern; of those that fit,
+# the longest counts. A module imports lower floors and its own entry, so nothing climbs.
+FLOORS = {
+    "prx_model": (
+        ("config", "convert", "ema", "flow", "packed_text", "teacher_weights", "text"),
+        ("attention", "flops", "teachers"),
+        ("layers",),
+        ("transformer",),
+        ("sampler",),
+    ),
+    "train": (
+        ("errors", "randomness", "data.settings"),
+        ("recipes",),
+        ("commandline", "run.folder", "run.lock", "run.stopwatch", "evaluation.pictures"),
+        ("ranks",),
+        ("data",),
+        ("checkpoint", "learner"),
+        ("evaluation", "ranks.faults"),
+        ("run",),
+        ("loop",),
+        ("ablate", "doctor", "export", "generate", "precompute_text", "speedrun"),
+    ),
+    "benchmarks": (
+        ("clock", "learning", "peers", "plain_prx", "roofline"),
+        ("collectives", "flop_table", "machine", "passes", "sizes", "traffic"),
+        ("denoisers", "measure", "replay"),
+        ("summary", "training_step"),
+        ("project", "trainer_step"),
+        ("conftest", "figures", "profile_step", "test_*"),
+        ("report",),
+    ),
+}
+# The ops of prx_kernels, each with the ops below it; all of them stand on launch.py, and reference.py hands on the
+# names of all. Taken home, an op needs launch.py and these folders.
+OPS: dict[str, set[str]] = {
+    "noise": set(),
+    "newton_schulz": set(),
+    "routing": {"noise"},
+    "pixel_loss": {"noise"},
+    "muon": {"newton_schulz"},
+    "patch_embed": {"noise", "pixel_loss"},
+}
 # Nine to twelve seconds each (STYLE.md, rule 10): only inside the functions that need them.
 HEAVY = {"diffusers", "lpips", "timm", "torchvision", "transformers", "matplotlib", "tensorboard"}
 HEAVY |= {"torch_fidelity", "torchmetrics"}
@@ -60,6 +103,77 @@ def imports_below(package: Path) -> list[Import]:
     return [found for path in sorted(package.rglob("*.py")) for found in imports_of(path, package)]
 
 
+def modules_of(package: Path) -> dict[str, Path]:
+    """Files by the names that they have inside the package, "" for the package itself."""
+    names = {path: path.relative_to(package).with_suffix("").parts for path in sorted(package.rglob("*.py"))}
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for path, parts in names.items()}
+
+
+def imported_modules(package: Path) -> dict[str, set[str]]:
+    """Of each module of a package, the others that it imports, in functions too; `from x import y` is of y if a module.
+
+    Where a folder's own file hands on names, that file is what is imported. Type checkers' imports count as well.
+    """
+    modules = modules_of(package)
+    found: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        home = [package.name, *path.relative_to(package).parts[:-1]]
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = home[: len(home) - node.level + 1] if node.level else []
+                source = ".".join([*base, *([node.module] if node.module else [])])
+                for alias in node.names:
+                    inner = f"{source}.{alias.name}".removeprefix(f"{package.name}.")
+                    names.add(f"{source}.{alias.name}" if inner in modules else source)
+        own = {name.partition(".")[2] for name in names if name.split(".")[0] == package.name}
+        found[module] = {name for name in own if name in modules} - {module}
+    return found
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a ring; none if there is no such ring."""
+    done: set[str] = set()
+
+    def visit(module: str, above: list[str]) -> list[str]:
+        if module in above:
+            return [*above[above.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(imports[module]):
+            if ring := visit(other, [*above, module]):
+                return ring
+        done.add(module)
+        return []
+
+    return next((ring for module in sorted(imports) if (ring := visit(module, []))), [])
+
+
+def floor_of(module: str, floors: tuple[tuple[str, ...], ...]) -> tuple[int, str]:
+    """Number and entry of a module's floor."""
+    fitting = [
+        (len(entry), number, entry)
+        for number, floor in enumerate(floors)
+        for entry in floor
+        if fnmatch(module, entry) or module.startswith(f"{entry}.")
+    ]
+    assert fitting, f"{module} stands on no floor: list it in FLOORS of tests/test_imports.py"
+    return max(fitting)[1:]
+
+
+def climbing(imports: dict[str, set[str]], floors: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Imports of a floor that is not below, and not of the same entry. A folder's `__init__` stands where it does."""
+    found = []
+    for module, others in imports.items():
+        for other in sorted(others - {""} if module else ()):
+            (mine, entry), (theirs, their_entry) = floor_of(module, floors), floor_of(other, floors)
+            if theirs > mine or (theirs == mine and entry != their_entry):
+                found.append(f"{module} (floor {mine}) imports {other} (floor {theirs})")
+    return found
+
+
 def third_party(package: str) -> set[str]:
     """Modules from outside the repository and the standard library."""
     own = {".", *LAYERS, *UPPER}
@@ -96,6 +210,54 @@ def test_the_parser_sees_every_way_to_import(tmp_path: Path) -> None:
     loaded = [i.top for i in found if i.at_module_level]
     assert loaded == ["a", "c", "d", ".", ".", "..", "real", "tried", "other", "inclass"]
     assert [i.top for i in found if not i.at_module_level] == ["lazy"]
+
+
+def test_floors_see_a_climb_and_a_ring(tmp_path: Path) -> None:
+    package = tmp_path / "house"
+    (package / "room").mkdir(parents=True)
+    files = {"__init__": "", "room/__init__": "from .low import a", "room/low": "from ..ground import b"}
+    files |= {"ground": "import os", "top": "from house.room import low\ndef f():\n    import house.ground"}
+    for name, text in files.items():
+        (package / f"{name}.py").write_text(text)
+    imports = imported_modules(package)
+    assert imports["room.low"] == {"ground"}
+    assert imports["top"] == {"room.low", "ground"}
+    floors = (("ground",), ("room",), ("top",))
+    assert climbing(imports, floors) == []
+    assert circle(imports) == []
+    (package / "ground.py").write_text("def late():\n    from .room.low import a")
+    imports = imported_modules(package)
+    assert climbing(imports, floors) == ["ground (floor 0) imports room.low (floor 1)"]
+    assert circle(imports) == ["ground", "room.low", "ground"]
+    with pytest.raises(AssertionError, match="cellar stands on no floor"):
+        floor_of("cellar", floors)
+
+
+# --- floors -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_no_modules_import_one_another_in_a_ring(package: str) -> None:
+    assert circle(imported_modules(ROOT / package)) == []
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_no_import_climbs(package: str) -> None:
+    imports = imported_modules(ROOT / package)
+    assert sum(map(len, imports.values())) > 5, "was anything parsed?"
+    assert climbing(imports, FLOORS[package]) == []
+    standing = {floor_of(module, FLOORS[package])[1] for module in imports if module}
+    assert {entry for floor in FLOORS[package] for entry in floor} == standing, "an entry of FLOORS has no module"
+
+
+def test_an_op_imports_the_ground_and_the_ops_below_it() -> None:
+    imports = imported_modules(ROOT / "prx_kernels")
+    assert {module.split(".")[0] for module in imports} == {"", "launch", "reference", *OPS}
+    assert imports["launch"] == set()
+    for op, below in OPS.items():
+        needed = {other.split(".")[0] for module in imports if module.split(".")[0] == op for other in imports[module]}
+        assert needed <= {op, "launch", *below}, op
+    assert all(other == "launch" or other.endswith(".reference") for other in imports["reference"])
 
 
 # --- layers -------------------------------------------------------------------------------------------------------

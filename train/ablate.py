@@ -22,7 +22,7 @@ if __name__ == "__main__":
 from train.commandline import parse  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 from train.recipes import Recipe, TwoStages  # noqa: E402
-from train.run_folder import METRICS, run_folder  # noqa: E402
+from train.run.folder import METRICS, run_folder  # noqa: E402
 
 HELD_OUT = "held-out"
 """Dense loss of the averaged weights on pictures never trained on: comparable between all variants."""
@@ -182,8 +182,8 @@ def train_one(words: Sequence[str], recipe: Recipe, ranks: int) -> None:
     Raises:
         UserError: it failed or was stopped; the same command goes on.
     """
-    from train.run_folder import check_same_run
-    from train.stages import finished
+    from train.run.folder import check_same_run
+    from train.run.stages import finished
 
     folder = run_folder(recipe)
     if finished(recipe):

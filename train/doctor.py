@@ -246,7 +246,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 def _storage(found: Findings, dataset: "ImageDataset", recipe: Recipe) -> None:
     """Whether opening takes long, or random access reads much more than a picture."""
-    from train.data.parquet import ParquetIndex
+    from train.data.formats.parquet import ParquetIndex
 
     seconds = found.values["opened_in_seconds"]
     if seconds > _LONG_OPENING and not recipe.data.index_cache:
@@ -268,7 +268,7 @@ def _costs(
 ) -> None:
     """Time, money, memory and disk of a stage on the assumed GPUs."""
     from train.data.text_cache import MEAN_TOKENS, cache_bytes
-    from train.plan import project, time_line
+    from train.run.plan import project, time_line
 
     cost = project(recipe, assumed, counts)
     share = cost.state_bytes / assumed.gpus
@@ -312,7 +312,7 @@ def render(found: Findings) -> str:
 
 
 def _lines(found: Findings) -> Iterator[str]:
-    from train.plan import in_units
+    from train.run.plan import in_units
 
     values, cost = found.values, found.values["cost"]
     if "data" in values:

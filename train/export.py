@@ -58,7 +58,7 @@ def export(run: Path, out: Path, *, weights: Literal["ema", "raw"] = "ema") -> R
     """
     import torch
 
-    from train.trained import load_trained
+    from train.run.trained import load_trained
 
     trained = load_trained(run, torch.device("cpu"), weights=weights)
     try:

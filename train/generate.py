@@ -60,10 +60,11 @@ def draw(arguments: Arguments) -> None:
     Raises:
         UserError: a folder that holds no model, or settings that do not fit it.
     """
-    from train import evaluate, parallel
-    from train.pictures import save_grid, save_picture
+    from train.evaluation import evaluate
+    from train.evaluation.pictures import save_grid, save_picture
+    from train.ranks import parallel
     from train.recipes import Train
-    from train.trained import load_trained
+    from train.run.trained import load_trained
 
     world = parallel.start(Train(device=arguments.device, precision="fp32"))
     trained = load_trained(arguments.run, world.device, weights=arguments.weights)

@@ -8,23 +8,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from train import evaluate, faults
-from train.checkpoint import Checkpointer, find_newest, load_into
+from train.checkpoint.checkpointer import Checkpointer, find_newest, load_into
 from train.data.loader import Batch, batches, bucket_counts, fingerprint, notes, open_dataset, open_validation
 from train.data.quarantine import Quarantine
 from train.data.readers import ImageDataset
-from train.distances import Distances
 from train.errors import UserError
-from train.meter import Meter
-from train.metrics import Display, Metrics, drop_metrics_after
-from train.optimizers import learning_rate_factor
-from train.parallel import World, agree, from_main, patience
-from train.pictures import save_grid
-from train.profiling import Profiler
+from train.evaluation import evaluate
+from train.evaluation.distances import Distances
+from train.evaluation.pictures import save_grid
+from train.learner.optimizers import learning_rate_factor
+from train.learner.step import Learner
+from train.ranks import faults
+from train.ranks.parallel import World, agree, from_main, patience
 from train.recipes import Recipe
-from train.run_folder import CONFIG, SAMPLES, check_same_data, check_same_run, run_folder, write_config
-from train.stages import carry_over
-from train.step import Learner
+from train.run.folder import CONFIG, SAMPLES, check_same_data, check_same_run, run_folder, write_config
+from train.run.meter import Meter
+from train.run.metrics import Display, Metrics, drop_metrics_after
+from train.run.profiling import Profiler
+from train.run.stages import carry_over
 
 _LOG_EVERY = 10
 """Steps between two readings of the loss: the host waits for the device only then."""

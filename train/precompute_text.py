@@ -23,7 +23,7 @@ from train.recipes import Recipe, TwoStages  # noqa: E402
 
 if TYPE_CHECKING:
     from train.data.text_cache import CacheIndex, Encoding
-    from train.parallel import World
+    from train.ranks.parallel import World
 
 CHUNK = 1024
 """Captions tokenised and sorted by length together: groups of one length are then full."""
@@ -40,7 +40,7 @@ def main() -> int:
         raise UserError("precompute_text.py has no --dry-run; speedrun.py's says how large the cache will be")
     recipe = command.recipe
     stages = [recipe.stage1, recipe.stage2] if isinstance(recipe, TwoStages) else [recipe]
-    from train import parallel
+    from train.ranks import parallel
 
     world = parallel.start(stages[0].train)
     try:
@@ -61,8 +61,8 @@ def precompute(recipe: Recipe, world: "World", shard_tokens: int | None = None) 
             process that writes as this rank.
     """
     from prx_model.text import T5GemmaTower
-    from train.build import frozen_tower
     from train.data.text_cache import SHARD_TOKENS, CacheIndex, Encoding, ShardWriter
+    from train.learner.build import frozen_tower
 
     text = recipe.text
     if text.kind != "t5gemma" or not text.cache or recipe.data.kind != "images":

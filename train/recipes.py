@@ -139,7 +139,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Parallel:
-    """How ranks share the work (FSDP2, HSDP, DDP; train/parallel.py)."""
+    """How ranks share the work (FSDP2, HSDP, DDP; train/ranks/parallel.py)."""
 
     replicate: int = 0
     """Copies of the weights; 0 is what `shard` leaves."""

@@ -23,16 +23,16 @@ def main() -> int:
 
     recipe = command.recipe
     if command.dry_run.enabled:
-        from train.plan import print_plan
+        from train.run.plan import print_plan
 
         print_plan(recipe, command.dry_run)
         return 0
-    from train import parallel
-    from train.faults import EXIT_RESUME
     from train.loop import Trainer
+    from train.ranks import parallel
+    from train.ranks.faults import EXIT_RESUME
     from train.recipes import for_device
-    from train.run_folder import run_folder
-    from train.stages import finished
+    from train.run.folder import run_folder
+    from train.run.stages import finished
 
     stages = [recipe.stage1, recipe.stage2] if isinstance(recipe, TwoStages) else [recipe]
     world = parallel.start(stages[0].train, stages[0].parallel)

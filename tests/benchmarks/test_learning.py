@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.learning import TorchOptimizers, summarise, table, to_target
 from tests.train.commands import ROOT, TINY
 from train.ablate import Point
-from train.optimizers import Optimizers
+from train.learner.optimizers import Optimizers
 from train.recipes import shapes
 
 

@@ -19,7 +19,7 @@ from benchmarks.flop_table import RECIPE
 from benchmarks.project import IDEAL, Assumptions, Rate, Speed, floors
 from benchmarks.replay import Case
 from benchmarks.roofline import H200_MATMUL, STAGE_1, STAGE_2, newton_schulz, owner_sample, prx_muon_shapes
-from prx_kernels.muon_owners import Layout
+from prx_kernels.muon.owners import Layout
 from tests.benchmarks import result_files
 from train.recipes import Parallel, prx_512, prx_1024
 

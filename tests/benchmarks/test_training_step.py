@@ -12,7 +12,7 @@ from benchmarks.sizes import Case, routing, text_lengths
 from benchmarks.trainer_step import TrainerStep
 from benchmarks.training_step import LADDER, WHOLE, TrainingStep, Way, make_inputs
 from prx_kernels import reference
-from prx_kernels.muon_owners import local
+from prx_kernels.muon.owners import local
 
 CASE = Case(64, 2, text=8)
 NO_TEACHERS = Way("ours, without teachers", "ours", routed=True, packed=True, optimizer="muon", ema=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from prx_kernels import enter_route, exit_route, sample_keep, x_prediction_loss
 from prx_model import PRXConfig, PRXTransformer
-from train import parallel
 from train.data.loader import Batch, batches
 from train.loop import Trainer
+from train.ranks import parallel
 from train.recipes import Compile, Output, Recipe, Routing, Train, shapes
 
 pytestmark = pytest.mark.gpu

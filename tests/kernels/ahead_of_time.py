@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prx_kernels._launch import Config
+from prx_kernels.launch import Config
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MAX_SHARED = 232_448  # bytes a block may have on sm_90 (227 KiB)

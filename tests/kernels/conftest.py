@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # What stands in interpreted/ needs the variable; everything else here must not have it (compilation, opcheck).
-collect_ignore_glob = ["test_*.py"] if INTERPRETED else ["interpreted/*"]
+NOT_HERE = {"interpreted"} ^ {entry.name for entry in Path(__file__).parent.iterdir() if entry.is_dir()}
+collect_ignore_glob = ["test_*.py", *(f"{name}/*" for name in NOT_HERE)] if INTERPRETED else ["interpreted/*"]
 
 
 @pytest.fixture

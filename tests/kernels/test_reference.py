@@ -1,5 +1,6 @@
 """The plain-PyTorch definitions: Philox, normals, kept tokens, patches. Kernels are tested against these."""
 
+import importlib
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from prx_kernels import (
     x_prediction_loss,
 )
 from prx_kernels.reference import philox_uint32, uniform_from_uint32
+from tests.test_imports import OPS
 
 ALL_ONES = 2**32 - 1
 # Kolmogorov-Smirnov and chi-square are held to what happens once in 1,000 draws; the seeds are fixed.
@@ -160,7 +162,7 @@ def test_normals_are_bitwise_the_same_in_any_batch() -> None:
 
 def test_normals_are_finite_at_the_smallest_and_the_largest_word(monkeypatch: pytest.MonkeyPatch) -> None:
     extremes = torch.tensor([[0, 0, ALL_ONES, ALL_ONES, 0, ALL_ONES]])
-    monkeypatch.setattr("prx_kernels.reference.philox_uint32", lambda *_: extremes)
+    monkeypatch.setattr("prx_kernels.noise.reference.philox_uint32", lambda *_: extremes)
     x = philox_normal(torch.tensor(0), (1, 6))
     assert torch.isfinite(x).all()
     # The largest radius is sqrt(-2 ln 2^-24) = 5.768.
@@ -317,3 +319,20 @@ def test_rows_that_do_not_match_keep_are_refused(join: Any, shape: tuple[int, ..
 def test_every_public_name_exists_and_the_list_is_sorted() -> None:
     assert prx_kernels.__all__ == sorted(prx_kernels.__all__)
     assert all(hasattr(prx_kernels, name) for name in prx_kernels.__all__)
+
+
+def test_the_package_hands_on_the_public_names_of_every_op_and_no_others() -> None:
+    folders = [importlib.import_module(f"prx_kernels.{op}") for op in OPS]
+    handed = {name: getattr(folder, name) for folder in folders for name in folder.__all__}
+    assert {name: getattr(prx_kernels, name) for name in prx_kernels.__all__} == handed
+
+
+def test_the_reference_hands_on_the_definitions_of_every_op() -> None:
+    assert prx_kernels.reference.__all__ == sorted(prx_kernels.reference.__all__)
+    for op in OPS:
+        module = importlib.import_module(f"prx_kernels.{op}.reference")
+        public = {name for name in vars(module) if not name.startswith("_")}
+        defined = {name for name in public if getattr(getattr(module, name), "__module__", "") == module.__name__}
+        assert defined, op
+        assert defined <= set(prx_kernels.reference.__all__)
+        assert all(getattr(module, name) is getattr(prx_kernels.reference, name) for name in defined)

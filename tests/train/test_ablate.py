@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from tests.train.commands import TINY
-from train import checkpoint, parallel
 from train.ablate import HELD_OUT, TRAIN, Point, Reached, curve, main, reach, read, summarise, table, variant
+from train.checkpoint import checkpointer as checkpoint
 from train.commandline import parse
 from train.errors import UserError
 from train.loop import Trainer
+from train.ranks import parallel
 from train.recipes import Recipe
 
 EVERYTHING = [

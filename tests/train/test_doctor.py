@@ -9,11 +9,11 @@ import pytest
 
 from train.commandline import DryRun
 from train.doctor import Findings, Options, examine, render, take_options, wilson
-from train.plan import flop_per_image, project
 from train.recipes import Recipe, prx_512
+from train.run.plan import flop_per_image, project
 
 from .commands import run_program
-from .picture_files import grey_tar, plain, sentence, write_parquet
+from .data.picture_files import grey_tar, plain, sentence, write_parquet
 
 ASSUMED = DryRun(enabled=True)
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.train.commands import TINY, run_program
-from train.trained import load_trained
+from train.run.trained import load_trained
 
 
 @pytest.fixture(scope="module")

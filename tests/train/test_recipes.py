@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from prx_model.config import PRXConfig
-from train.build import check
 from train.errors import UserError
+from train.learner.build import check
 from train.recipes import PRESETS, Recipe, TwoStages, for_device, prx_24h, prx_512, prx_1024, shapes
 
 STAGE_1 = {

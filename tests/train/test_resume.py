@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.train.checkpoint_damage import DAMAGES
+from tests.train.checkpoint.damage import DAMAGES
 from tests.train.commands import TINY, run_program
-from train import checkpoint, parallel
+from train.checkpoint import checkpointer as checkpoint
 from train.commandline import parse
 from train.errors import UserError
 from train.loop import Trainer
+from train.ranks import parallel
 from train.recipes import Recipe
-from train.run_lock import RunLock
+from train.run.lock import RunLock
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

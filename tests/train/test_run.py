@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.checkpoint_damage import reseal
+from tests.train.checkpoint.damage import reseal
 from tests.train.commands import ROOT, TINY, run_program
-from train import checkpoint
+from train.checkpoint import checkpointer as checkpoint
 from train.errors import UserError
-from train.faults import EXIT_RESUME
-from train.run_folder import read_config
+from train.ranks.faults import EXIT_RESUME
+from train.run.folder import read_config
 
 
 def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -177,7 +177,7 @@ def test_a_truncated_picture_is_one_sentence(tmp_path: Path, picture_folder: Pat
 
 
 def test_weights_of_another_model_are_refused(whole: Path, tmp_path: Path) -> None:
-    from train.trained import load_trained
+    from train.run.trained import load_trained
 
     folder = tmp_path / "step-00000012"
     shutil.copytree(whole / "checkpoints/step-00000012", folder)

@@ -6,11 +6,11 @@ Opening reads names, sizes and the small columns' headers only; picture bytes ar
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from train.data.folder import FolderIndex
-from train.data.parquet import ParquetIndex
+from train.data.formats.folder import FolderIndex
+from train.data.formats.parquet import ParquetIndex
+from train.data.formats.storage import Storage, expand, is_url, without_query
+from train.data.formats.webdataset import TarIndex
 from train.data.rows import SPLITS, ImageIndex, listing
-from train.data.storage import Storage, expand, is_url, without_query
-from train.data.webdataset import TarIndex
 from train.errors import UserError, nearest
 
 _JSONL_NAMES = ("captions.jsonl", "metadata.jsonl")

@@ -16,21 +16,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from train.data import scenes, shapes
 from train.data.buckets import Size, bucket_sizes, describe, merge_small, too_few
+from train.data.drawn import scenes, shapes
+from train.data.drawn.scenes import ScenesDataset
+from train.data.drawn.shapes import ShapesDataset
 from train.data.example import Dataset, Example, Substituted
+from train.data.formats.storage import Storage
 from train.data.index import open_images
 from train.data.readers import ImageDataset, parse_prefixes
 from train.data.rows import ImageIndex, NoSplitError, sha256
 from train.data.sampler import PositionSampler
-from train.data.scenes import ScenesDataset
 from train.data.settings import Data
-from train.data.shapes import ShapesDataset
-from train.data.storage import Storage
 from train.data.worker_signals import born_shielded, end_by_parent_only
 from train.errors import UserError
-from train.parallel import World
 from train.randomness import derive_seed
+from train.ranks.parallel import World
 from train.recipes import Recipe
 
 _DRAWN = 50_000

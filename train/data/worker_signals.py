@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What asks a run to save and stop (`train.faults.StopSignals`)."""
+"""What asks a run to save and stop (`train.ranks.faults.StopSignals`)."""
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels import muon_checks as checks
+from tests.kernels.muon import checks
 
 HALF, FULL = torch.float16, torch.float32
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prx_kernels import _symmetric_kernels as kernels
-from prx_kernels._launch import jit, tl
-from tests.kernels import newton_schulz_checks as checks
+from prx_kernels.launch import jit, tl
+from prx_kernels.newton_schulz import symmetric_kernels as kernels
+from tests.kernels.newton_schulz import checks
 
 DESCRIPTOR_CONFIGS = [config for _, config in kernels.TMA[90]]
 POINTER_CONFIGS = [config for table in (kernels.POINTER, kernels.UNALIGNED, kernels.FLOAT32) for _, config in table[0]]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prx_kernels import _patch_embed_launch as launch
-from prx_kernels import _patch_embed_ops as ops
-from prx_kernels import _pixel_loss_kernels, patch_embed, reference, x_prediction_loss
+from prx_kernels import patch_embed, x_prediction_loss
+from prx_kernels.patch_embed import launch, ops
+from prx_kernels.patch_embed import reference as embedding
+from prx_kernels.pixel_loss import kernels as loss_kernels
+from prx_kernels.pixel_loss import reference as pixel_loss
 from prx_model import PRXConfig, PRXTransformer
 from prx_model.flow import sample_t
-from tests.kernels import pixel_checks as checks
+from tests.kernels.patch_embed import checks
 
 
 @pytest.mark.parametrize("case", checks.CASES, ids=str)
@@ -60,13 +62,13 @@ def kernels_on_the_cpu(monkeypatch):
 
     def loss_and_gradient(tokens, image, t, patch, t_min, unit):
         gradient = torch.empty_like(tokens)
-        return _pixel_loss_kernels.loss(tokens, image, t, patch, t_min, gradient, unit), gradient
+        return loss_kernels.loss(tokens, image, t, patch, t_min, gradient, unit), gradient
 
     def install():
-        monkeypatch.setattr(reference, "patch_project", project)
-        monkeypatch.setattr(reference, "patch_weight_gradient", weight_gradient)
-        monkeypatch.setattr(reference, "patch_image_gradient", launch.image_gradient)
-        monkeypatch.setattr(reference, "x_prediction_loss_gradient", loss_and_gradient)
+        monkeypatch.setattr(embedding, "patch_project", project)
+        monkeypatch.setattr(embedding, "patch_weight_gradient", weight_gradient)
+        monkeypatch.setattr(embedding, "patch_image_gradient", launch.image_gradient)
+        monkeypatch.setattr(pixel_loss, "x_prediction_loss_gradient", loss_and_gradient)
 
     return install
 

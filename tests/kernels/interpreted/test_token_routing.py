@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels import routing_checks as checks
+from tests.kernels.routing import checks
 
 
 @pytest.mark.parametrize("shape", checks.SHAPES)

@@ -1,0 +1,130 @@
+"""The ground of every op: Triton or its absence, launch settings by size and architecture, the ops' namespace.
+
+An op's folder and this file are all that a copy of the op needs, with the folders that it imports.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
+
+triton: Any
+tl: Any
+try:
+    triton = importlib.import_module("triton")
+    tl = importlib.import_module("triton.language")
+except ImportError:  # macOS and other machines without Triton run the reference definitions
+    triton = tl = None
+
+# torch has one registry of ops in a process: a copy of this package under another name needs a namespace of its own.
+_PACKAGE = __name__.rpartition(".")[0]
+NAMESPACE = "prx" if _PACKAGE == "prx_kernels" else re.sub(r"\W", "_", _PACKAGE)
+
+# Interpreted kernels take tensors of any device, CPU ones too; Triton reads the variable when a kernel is defined.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the bare function where there is no Triton: it is then never launched."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+@jit
+def hint(number, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tell the compiler what the launcher checked. Triton's own argument hint knows 16 elements only, a row of
+    16·odd bytes (C = 1000 in bf16) would be copied in 2-byte pieces."""
+    return (number // ALIGN) * ALIGN
+
+
+# --- launch settings ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch settings of a kernel: its tile (constexpr arguments by name), warps and pipeline stages."""
+
+    tile: tuple[tuple[str, int], ...]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @property
+    def options(self) -> dict[str, int]:
+        return {**dict(self.tile), "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+# The key of a row: the architecture (major·10 + minor; 0 is every other one) and the largest size it serves.
+Table = dict[int, tuple[tuple[int, Config], ...]]
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as major·10 + minor of an NVIDIA device; 0 for AMD, for the interpreter and for the CPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def tuned(table: Table, size: int, device: torch.device) -> Config:
+    """The first row of the device's part of the table that serves `size`.
+
+    Raises:
+        ValueError: the size exceeds every row.
+    """
+    here = capability(device)
+    rows = table[here if here in table else 0]
+    for limit, config in rows:
+        if size <= limit:
+            return config
+    raise ValueError(f"size {size} exceeds what the kernel supports, {rows[-1][0]}")
+
+
+def alignment(*numbers: int) -> int:
+    """Largest power of two up to 16 that divides every number: what a kernel may assume of its strides, in elements."""
+    for power in (16, 8, 4, 2):
+        if all(number % power == 0 for number in numbers):
+            return power
+    return 1
+
+
+def element_width(x: Tensor) -> Tensor:
+    """View x as integers of its element width, so that a copy is one kernel for all dtypes and exact for all bits."""
+    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Make x's device current: Triton launches on the current one, which need not hold the tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+# --- ops ---------------------------------------------------------------------------------------------------------
+
+
+def custom_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """A CUDA op in this package's namespace; its definition for the CPU, its fake and its backward follow it."""
+    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates, device_types="cuda")
+
+
+def check_no_tangent(name: str, *tensors: Tensor | None) -> None:
+    """Refuse forward-mode derivatives (torch.func.jvp): torch would silently take them to be zero through an op."""
+    if forward_ad._current_level >= 0:
+        for x in tensors:
+            dual: Any = None if x is None else forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+            if dual is not None and dual.tangent is not None:
+                raise NotImplementedError(
+                    f"{name} has no forward-mode derivative here; the definitions in prx_kernels.reference have"
+                )
+
+
+def widened(x: Tensor) -> Tensor:
+    """x in the dtype that sums are formed in."""
+    return x if x.dtype == torch.float64 else x.float()

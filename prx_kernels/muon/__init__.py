@@ -1,0 +1,6 @@
+"""Muon for matrices and AdamW for everything else, in one optimizer."""
+
+from .optimizer import Muon
+from .owners import assign_owners
+
+__all__ = ["Muon", "assign_owners"]

@@ -1,0 +1,124 @@
+"""AdamW for the parameters of `Muon` that are no matrices: torch's fused step, state as in torch.optim.AdamW.
+
+A step in which any gradient is not finite is left out whole, on all ranks alike. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .owners import gradient, is_dtensor, local
+
+State = dict[str, Tensor]
+
+
+def new_state(param: Tensor) -> State:
+    """State of one parameter in the names of torch.optim.AdamW, the step counter on the parameter's device."""
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=param.device),
+        "exp_avg": torch.zeros_like(param, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(param, requires_grad=False),
+    }
+
+
+def gradients(params: Sequence[Any]) -> dict[Any, Tensor]:
+    """This rank's part of every gradient there is, placed as its parameter; collective where one is not."""
+    return {param: gradient(param) for param in params if param.grad is not None}
+
+
+def any_nonfinite(params: Sequence[Any], grads: Mapping[Any, Tensor]) -> Tensor:
+    """1.0 if any gradient, on any rank that holds a part, is not finite; else 0.0. On the first parameter's device.
+
+    Collective over the meshes of the parameters, which all ranks name in one order, with or without gradients.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads.values():
+        if grad.numel():
+            by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
+    device = local(params[0]).device
+    found = torch.zeros((), dtype=torch.float32, device=device)
+    for alike in by_kind.values():
+        # The largest entry of each (NaN wins): one read, nothing written, no overflow.
+        largest = torch.stack(torch._foreach_norm(alike, math.inf))
+        found = torch.maximum(found, (~largest.isfinite()).any().float().to(device, non_blocking=True))
+    for mesh in dict.fromkeys(param.device_mesh for param in params if is_dtensor(param)):
+        for dim in range(mesh.ndim):
+            if mesh.size(dim) > 1:
+                torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+    return found
+
+
+def step(
+    group: Mapping[str, Any], states: Mapping[Any, State], grads: Mapping[Any, Tensor], found_nonfinite: Tensor
+) -> None:
+    """One AdamW step (https://arxiv.org/abs/1711.05101) of the group's parameters that have gradients.
+
+    Args:
+        group: params, lr (number or tensor), betas, eps, weight_decay.
+        grads: of `gradients`.
+        found_nonfinite: 0-dim; where it is 1.0, nothing changes, the step counter included.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Any]] = {}
+    for param in group["params"]:
+        if param in grads:
+            by_kind.setdefault((param.device, param.dtype), []).append(param)
+    for (device, _), params in by_kind.items():
+        found = found_nonfinite.to(device, non_blocking=True)
+        steps = [states[param]["step"] for param in params]
+        torch._foreach_add_(steps, 1)
+        # A rank without a row of a parameter counts its steps all the same: the state is alike on every rank.
+        held = [param for param in params if local(param).numel()]
+        if held:
+            _fused(group, held, states, grads, found)
+        torch._foreach_sub_(steps, [found] * len(steps))
+
+
+def _fused(
+    group: Mapping[str, Any], params: list[Any], states: Mapping[Any, State], grads: Mapping[Any, Tensor], found: Tensor
+) -> None:
+    """torch's kernel, which takes the memory of all four tensors of a parameter to be in one order."""
+    lists: dict[str, list[Tensor]] = {"weight": [], "grad": [], "exp_avg": [], "exp_avg_sq": []}
+    copies: list[tuple[Tensor, Tensor]] = []  # what is in another order, and what stands for it
+    for param in params:
+        weight = local(param)
+        like = torch.empty_like(weight) if not weight.is_contiguous() else weight  # dense: a view may have gaps
+        tensors = {"weight": weight, "grad": grads[param]}
+        tensors |= {key: local(states[param][key]) for key in ("exp_avg", "exp_avg_sq")}
+        for key, tensor in tensors.items():
+            if not _in_one_order(tensor, like):
+                copy = torch.empty_like(like).copy_(tensor)
+                if key != "grad":
+                    copies.append((tensor, copy))
+                tensor = copy
+            lists[key].append(tensor)
+    lr = group["lr"]
+    torch._fused_adamw_(
+        lists["weight"],
+        lists["grad"],
+        lists["exp_avg"],
+        lists["exp_avg_sq"],
+        [],
+        [states[param]["step"] for param in params],
+        lr=lr.to(found.device, non_blocking=True) if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None,
+        found_inf=found,
+    )
+    for tensor, copy in copies:
+        tensor.copy_(copy)
+
+
+def _in_one_order(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape lie alike in memory; strides of dimensions of size one say nothing."""
+    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(a == b for size, a, b in strides if size > 1)

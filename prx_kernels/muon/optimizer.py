@@ -1,0 +1,354 @@
+"""Muon for matrices and AdamW for everything else, in one optimizer, on one device or under FSDP2, HSDP or DDP.
+
+`Muon(params)` takes the place of `torch.optim.Muon`; groups with `use_muon=False` run AdamW. What needs a whole matrix
+runs on one rank, its owner; everything else stays where the parameter's rows are. Nothing in `step` waits for a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..newton_schulz.iteration import newton_schulz
+from ..newton_schulz.polynomials import COEFFICIENTS, Coefficients, newton_schulz_flop, polynomials, safe_restarts
+from ..newton_schulz.symmetric_product import DTYPES
+from . import adamw
+from .exchange import Exchange
+from .owners import Block, Layout, layout_of, local
+from .plan import Member, Plan
+
+ADJUST_LR = (None, "original", "match_rms_adamw", "spectral_unclamped")
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (https://kellerjordan.github.io/posts/muon/): momentum, orthogonalised by Newton-Schulz, as the update.
+
+    For each matrix W of a Muon group with gradient G, as torch.optim.Muon does:
+
+        B <- B + (1 - momentum)(G - B);   U = G + momentum (B - G) with Nesterov, else B
+        W <- (1 - lr·weight_decay) W - lr·ratio·newton_schulz(U)
+
+    with ratio √max(1, rows/columns) ("original", None), 0.2·√max(rows, columns) ("match_rms_adamw",
+    https://arxiv.org/abs/2502.16982) or √(rows/columns) ("spectral_unclamped").
+
+    State is made at once, alike on every rank: `momentum_buffer` where Muon runs; `step`, `exp_avg` and `exp_avg_sq`
+    where AdamW does. It is sharded with the parameter, so torch.distributed.checkpoint resumes at any world size. The
+    state_dict of a torch.optim.Muon loads.
+
+    Gradients that are not finite: their entries leave the momentum as it was, the matrix they are in is not updated
+    (the others are), and `nonfinite`, a tensor on the device, counts it. AdamW's part is left out whole and counts as
+    one.
+
+    Under FSDP2 and HSDP each matrix is orthogonalised by one rank of the mesh, chosen by `assign_owners`. Every rank
+    must call `step` and give all groups alike. A parameter without a gradient on any rank is not changed.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of these. A group may set `use_muon` (False: AdamW, with
+            `betas`, and `eps` of 1e-8 unless given) and every argument from lr to adjust_lr_fn and split_sizes.
+        lr: learning rate, a number or a tensor with one element.
+        weight_decay: decoupled; multiplied by lr.
+        momentum: μ in [0, 1].
+        ns_coefficients, ns_steps: as `newton_schulz` takes them.
+        eps: added to the norm of what is orthogonalised.
+        adjust_lr_fn: which ratio. "match_rms_adamw" is the default here, None ("original") that of torch.optim.Muon.
+        distributed_mesh: the DeviceMesh that the parameters are sharded or replicated over. None takes every DTensor's
+            own mesh. Plain tensors are, with a mesh, held to be replicas (DDP): each is orthogonalised once, and its
+            update gathered.
+        split_sizes: row counts of parameters that are several matrices in one (query, key and value, say), each
+            orthogonalised and scaled for itself: {parameter or its name: (rows, rows, …)}, or in a group one sequence
+            for all its parameters.
+        capturable: keep learning rates on the device, so that a step can be captured in a CUDA graph.
+        ns_algorithm, ns_dtype: `algorithm` and `dtype` of `newton_schulz`.
+        momentum_dtype: of `momentum_buffer`; None is float32 (float64 for float64 parameters).
+        wire_dtype: bfloat16 or float32, in which rows and updates travel between ranks.
+
+    Raises:
+        ValueError: a setting is out of range, a parameter of a Muon group is no matrix, or a mesh does not fit.
+        TypeError: a parameter is not floating.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: Coefficients = "jordan",
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = "match_rms_adamw",
+        *,
+        distributed_mesh: Any = None,
+        split_sizes: Mapping[Any, Sequence[int]] | None = None,
+        capturable: bool = False,
+        ns_algorithm: str = "auto",
+        ns_dtype: torch.dtype = torch.float16,
+        momentum_dtype: torch.dtype | None = None,
+        wire_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        if wire_dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"wire_dtype must be bfloat16 or float32 (gradients underflow others), got {wire_dtype}")
+        if ns_algorithm not in ("auto", "gram", "standard"):
+            raise ValueError(f"ns_algorithm must be 'auto', 'gram' or 'standard', got {ns_algorithm!r}")
+        if momentum_dtype is not None and not momentum_dtype.is_floating_point:
+            raise ValueError(f"momentum_dtype must be floating, got {momentum_dtype}")
+        if ns_dtype not in DTYPES:
+            raise ValueError(f"ns_dtype must be float16, bfloat16, float32 or float64, got {ns_dtype}")
+        self._settings = _Settings(
+            distributed_mesh, dict(split_sizes or {}), ns_algorithm, ns_dtype, momentum_dtype, wire_dtype
+        )
+        self._plans: list[Plan] | None = None
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "use_muon": True,
+            "betas": (0.9, 0.999),
+            "split_sizes": None,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+        self._check_split_names()
+        devices = [local(p).device for group in self.param_groups for p in group["params"]]
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=devices[0] if devices else None)
+        self._plans = self._plan()
+
+    # --- parameters and state ------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; on every rank, like the constructor's."""
+        if isinstance(param_group, dict) and not param_group.get("use_muon", True):
+            param_group.setdefault("eps", 1e-8)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group)
+            for i, param in enumerate(group["params"]):
+                self._check_param(group, param, _label(group, i, len(self.param_groups) - 1))
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        if group["ns_coefficients"] == "jordan":  # as torch.optim.Muon knows them, which may load this state
+            (group["ns_coefficients"],) = COEFFICIENTS["jordan"]
+        for param in group["params"]:
+            self._fill_state(group, param)
+        _place_lr(group)
+        self._plans = None
+
+    def _check_param(self, group: dict[str, Any], param: Any, label: str) -> None:
+        if not param.is_floating_point():
+            raise TypeError(f"Muon needs floating-point parameters, but {label} is {param.dtype}")
+        if group["use_muon"] and param.ndim != 2:
+            raise ValueError(
+                f"Muon orthogonalises matrices, but {label} has shape {tuple(param.shape)}; "
+                f"put it into a group with use_muon=False, which runs AdamW"
+            )
+        if group["use_muon"]:
+            self._parts(group, param, label)
+            layout_of(param, self._settings.mesh, label)
+
+    def _parts(self, group: dict[str, Any], param: Any, label: str) -> tuple[int, ...]:
+        """Row counts of the matrices that a parameter consists of."""
+        names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
+        given = self._settings.split_sizes
+        sizes = given.get(param, given.get(names.get(id(param)), group["split_sizes"]))
+        if sizes is None:
+            return (param.shape[0],)
+        if not all(isinstance(size, int) and size > 0 for size in sizes) or sum(sizes) != param.shape[0]:
+            raise ValueError(
+                f"split_sizes must be positive numbers of rows that add up to {param.shape[0]} for {label}, "
+                f"got {tuple(sizes)}"
+            )
+        return tuple(sizes)
+
+    def _check_split_names(self) -> None:
+        known: set[Any] = set()
+        for group in self.param_groups:
+            if group["use_muon"]:
+                known.update(group["params"], group.get("param_names", ()))
+        for key in self._settings.split_sizes:
+            if key not in known:
+                what = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
+                raise ValueError(f"split_sizes names {what}, which is no parameter of a Muon group")
+
+    def _fill_state(self, group: dict[str, Any], param: Any) -> None:
+        state = self.state[param]
+        if not group["use_muon"]:
+            for key, value in adamw.new_state(param).items():
+                state.setdefault(key, value)
+        elif "momentum_buffer" not in state:
+            dtype = self._momentum_dtype(param)
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+
+    def _momentum_dtype(self, param: Tensor) -> torch.dtype:
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        return self._settings.momentum_dtype or wide
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this class or of torch.optim.Muon; settings that it lacks stay as they are."""
+        before = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for old, group in zip(before, self.param_groups, strict=True):
+            for key, value in old.items():
+                group.setdefault(key, value)
+            _place_lr(group)
+        # torch casts state to the dtype of the parameter; the momentum has one of its own.
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        params = [(group, param) for group in self.param_groups for param in group["params"]]
+        for key, (group, param) in zip(saved, params, strict=True):
+            given = state_dict["state"].get(key, {})
+            if group["use_muon"] and "momentum_buffer" in given:
+                buffer = given["momentum_buffer"].to(device=param.device, dtype=self._momentum_dtype(param), copy=True)
+                self.state[param]["momentum_buffer"] = buffer
+            if "step" in given:  # the fused step wants it there, wherever it was saved
+                step = torch.as_tensor(given["step"], dtype=torch.float32)
+                self.state[param]["step"] = step.to(local(param).device, copy=True)
+            self._fill_state(group, param)
+        self._plans = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_settings": self._settings, "nonfinite": self.nonfinite}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = None
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # a compiled training step breaks here, and goes on
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have gradients; on every rank of their meshes. Gives what `closure` gives."""
+        self._check_capture()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._plans is None:
+            self._plans = self._plan()
+        if not self._plans:
+            self._step_adamw()
+        for i, plan in enumerate(self._plans):
+            meanwhile = self._step_adamw if i == 0 else _nothing
+            self.nonfinite += plan.run(self.param_groups, self.state, self._orthogonalise, meanwhile)
+        return loss
+
+    def _check_capture(self) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            for number, group in enumerate(self.param_groups):
+                if not (group["capturable"] and isinstance(group["lr"], Tensor)):
+                    raise RuntimeError(
+                        f"a captured step needs capturable=True and a learning rate in a tensor, "
+                        f"but group {number} has capturable {group['capturable']} and lr {group['lr']}"
+                    )
+
+    def _orthogonalise(self, matrices: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        return newton_schulz(
+            matrices,
+            ns_coefficients=group["ns_coefficients"],
+            ns_steps=group["ns_steps"],
+            algorithm=self._settings.ns_algorithm,
+            dtype=self._settings.ns_dtype,
+            eps=group["eps"],
+        )
+
+    def _step_adamw(self) -> None:
+        groups = [group for group in self.param_groups if not group["use_muon"]]
+        params = [param for group in groups for param in group["params"]]
+        if params:
+            gradients = adamw.gradients(params)
+            found = adamw.any_nonfinite(params, gradients)
+            for group in groups:
+                adamw.step(group, self.state, gradients, found)
+            self.nonfinite += found.to(self.nonfinite.device, torch.int64, non_blocking=True)
+
+    def _plan(self) -> list[Plan]:
+        """Every matrix to its owner: one plan for each layout, dtype on the wire and device."""
+        found: dict[tuple[Layout, torch.dtype, torch.device], tuple[list[Member], list[Block]]] = {}
+        for number, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"] if group["use_muon"] else ()):
+                label = _label(group, i, number)
+                layout, row = layout_of(param, self._settings.mesh, label), 0
+                wire = torch.float32 if layout.ranks == 1 else self._settings.wire_dtype
+                wire = torch.float64 if param.dtype == torch.float64 else wire
+                members, blocks = found.setdefault((layout, wire, local(param).device), ([], []))
+                for rows in self._parts(group, param, label) if param.numel() else ():
+                    members.append(Member(param, number))
+                    blocks.append(Block(param.shape[0], row, rows, param.shape[1], self._cost(group, rows, param)))
+                    row += rows
+        return [
+            Plan(members, Exchange(blocks, layout, wire, device))
+            for (layout, wire, device), (members, blocks) in found.items()
+            if blocks
+        ]
+
+    def _cost(self, group: dict[str, Any], rows: int, param: Tensor) -> float:
+        """Operations of its Newton-Schulz."""
+        steps = group["ns_steps"]
+        restarts = safe_restarts(polynomials(group["ns_coefficients"], steps), self._settings.ns_dtype)
+        costs = {
+            "gram": newton_schulz_flop(rows, param.shape[1], steps, algorithm="gram", restarts=restarts),
+            "standard": newton_schulz_flop(rows, param.shape[1], steps, algorithm="standard"),
+        }
+        return costs.get(self._settings.ns_algorithm, min(costs.values()))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What holds for all groups and is no part of a checkpoint."""
+
+    mesh: Any
+    split_sizes: dict[Any, Sequence[int]]
+    ns_algorithm: str
+    ns_dtype: torch.dtype
+    momentum_dtype: torch.dtype | None
+    wire_dtype: torch.dtype
+
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Refuse settings of a group that are out of range, each in one sentence."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be one number, got a tensor of shape {tuple(lr.shape)}")
+    for name in ("lr", "weight_decay", "eps"):
+        on_device = isinstance(group[name], Tensor) and group[name].device.type != "cpu"
+        if not on_device and not group[name] >= 0:  # a value on the device would have to be waited for
+            raise ValueError(f"{name} must not be negative, got {group[name]}")
+    if not 0 <= group["momentum"] <= 1:
+        raise ValueError(f"momentum must be in [0, 1], got {group['momentum']}")
+    if not all(0 <= beta < 1 for beta in group["betas"]) or len(group["betas"]) != 2:
+        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+    if group["adjust_lr_fn"] not in ADJUST_LR:
+        raise ValueError(f"adjust_lr_fn must be one of {', '.join(map(str, ADJUST_LR))}, got {group['adjust_lr_fn']!r}")
+    for name in ("amsgrad", "maximize"):
+        if group.get(name):
+            raise ValueError(f"{name} is not supported, got {group[name]!r}")
+    polynomials(group["ns_coefficients"], group["ns_steps"])
+
+
+def _label(group: Mapping[str, Any], position: int, number: int) -> str:
+    """A parameter as an error names it."""
+    names = group.get("param_names")
+    return repr(names[position]) if names else f"parameter {position} of group {number}"
+
+
+def _place_lr(group: dict[str, Any]) -> None:
+    if group["capturable"] and not isinstance(group["lr"], Tensor) and group["params"]:
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=local(group["params"][0]).device)
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,294 @@
+"""Rows of parquet files on a disk or behind http(s), read by row group."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from train.data.formats.storage import MissingFile, Storage, is_url, without_query
+from train.data.rows import (
+    SPLIT_COLUMN,
+    BadSample,
+    RawRow,
+    no_column,
+    no_split,
+    row_split,
+    sha256,
+    short,
+    size_of_cells,
+    split_in_path,
+)
+from train.data.sizes import side_by_side, size_of_file, upright_size
+from train.errors import UserError
+
+_KEEP_BYTES = 1 << 30
+"""Row groups that a process has read stay in memory up to this size; those not used for longest go first."""
+_WORTH_KEEPING = 8
+"""Of sets more times larger than that only the last row group stays: it would be memory for one hit in eight."""
+_FILES_OPEN = 16
+
+
+class ParquetIndex:
+    """Rows of parquet files: for sets over 1 GB in random order write small row groups (~ 100), or tar files."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        files: Mapping[str, Path | str],
+        storage: Storage,
+        image_column: str,
+        captions: Sequence[str],
+        split: str,
+    ):
+        """`files` are the readable places of files by their names inside `path`."""
+        self.path, self._image, self._storage = path, image_column, storage
+        named = {name: file for name, file in files.items() if split_in_path(Path(name))}
+        self._files: list[Path | str] = []
+        self._names: list[str] = []
+        groups: list[tuple[int, int, int, int]] = []
+        chosen: list[NDArray[np.int64]] = []
+        described, columns, total, size = [f"parquet {split}"], dict[str, None](), 0, 0
+        problems: list[str] = []
+        for name, file in (named or files).items():
+            try:
+                opened = _open_parquet(file, storage)
+                # A file that was itself given as the path is meant, whatever it is called.
+                default = "train" if len(files) == 1 and str(path) == without_query(file) and split == "train" else None
+                mask = _rows_of_split(file, opened, split, default or split_in_path(Path(name)) or "train")
+            except BadSample as error:
+                problems.append(f"{error}; it is left out")
+                continue
+            if not mask.any():
+                continue
+            _check_columns(file, opened.schema_arrow, image_column, captions)
+            scalars = dict.fromkeys(field.name for field in opened.schema_arrow if _is_scalar(field.type))
+            columns.update(scalars)
+            used = {image_column, *scalars}
+            chosen.append(np.flatnonzero(mask) + total)
+            first = total
+            for number, group in enumerate(map(opened.metadata.row_group, range(opened.num_row_groups))):
+                groups.append((len(self._files), number, total, first))
+                total += group.num_rows
+                parts = map(group.column, range(group.num_columns))
+                size += sum(c.total_uncompressed_size for c in parts if c.path_in_schema.split(".")[0] in used)
+            self._files.append(file)
+            self._names.append(name)
+            described.append(f"{name} {storage.size(file)} {opened.metadata.num_rows} {chosen[-1].size}")
+        if problems and len(problems) == len(named or files):
+            raise UserError(problems[0].removesuffix("; it is left out"))
+        if not chosen:
+            raise no_split(path, split, (named or files).keys())
+        self.columns, self.problems = tuple(columns), tuple(problems)
+        self.fingerprint = sha256(described)
+        self._groups = np.array(groups, dtype=np.int64)
+        rows = np.concatenate(chosen)
+        self._rows: NDArray[np.int64] | None = None if rows.size == total else rows
+        self._length, self._total = int(rows.size), total
+        self._keep = _KEEP_BYTES if size <= _WORTH_KEEPING * _KEEP_BYTES else 0
+        self._reader: _GroupReader | None = None
+
+    def __len__(self) -> int:
+        return self._length
+
+    def row(self, index: int) -> RawRow:
+        """See ImageIndex."""
+        file, group, start, first, position = self._place(index)
+        if self._reader is None or self._reader.pid != os.getpid():
+            self._reader = _GroupReader((self._image, *self.columns), self._keep, self._storage)
+        table = self._reader.table(self._files[file], group)
+        cells = {name: table.column(name)[position - start].as_py() for name in table.column_names}
+        where = f"{self._names[file]} row {position - first}"
+        key = f"{where} ({cells['key']})" if cells.get("key") not in (None, "") else where
+        return RawRow(
+            self._picture(cells[self._image], self._files[file], key),
+            {name: cells.get(name) for name in self.columns},
+            key,
+        )
+
+    def key(self, index: int) -> str:
+        """See ImageIndex."""
+        file, _, _, first, position = self._place(index)
+        return f"{self._names[file]} row {position - first}"
+
+    def text_rows(self) -> Iterator[RawRow]:
+        """See ImageIndex."""
+        for file, first, start, positions, table in self._walk(self.columns):
+            if table is None:
+                continue
+            cells = {column: table.column(column).to_pylist() for column in table.column_names}
+            for position in positions:
+                row = {name: cells[name][position - start] if name in cells else None for name in self.columns}
+                yield RawRow(b"", row, f"{self._names[file]} row {position - first}")
+
+    def sizes(self, width: str, height: str) -> NDArray[np.int32]:
+        """See ImageIndex. Without both columns every picture's bytes are read once."""
+        found, at = np.zeros((self._length, 2), np.int32), 0
+        told = width in self.columns and height in self.columns
+        for file, _, start, positions, table in self._walk((width, height) if told else (self._image,)):
+            rows = [position - start for position in positions]
+            if table is not None and told:
+                cells = {name: table.column(name).to_pylist() for name in table.column_names}
+                sizes = [size_of_cells({name: cells[name][n] for name in cells}, width, height) for n in rows]
+            elif table is not None:
+                folder, column = Path(self._files[file]).parent, table.column(self._image)
+                sizes = list(side_by_side(partial(_cell_size, folder), (column[n].as_py() for n in rows)))
+            if table is not None and rows:
+                found[at : at + len(rows)] = sizes
+            at += len(rows)
+        return found
+
+    def group_bytes(self) -> int:
+        """Bytes of the largest row group, uncompressed: what one picture costs where its group is not in memory."""
+        largest = 0
+        for file in self._files:
+            metadata = _open_parquet(file, self._storage).metadata
+            largest = max(largest, *(metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)))
+        return largest
+
+    def _place(self, index: int) -> tuple[int, int, int, int, int]:
+        """File, row group, the group's and the file's first position, and a row's own position in all files."""
+        if not 0 <= index < self._length:
+            raise IndexError(f"row {index} of {self._length}")
+        position = index if self._rows is None else int(self._rows[index])
+        # The last group that starts at or before the position; empty groups share their start with the next one.
+        at = int(np.searchsorted(self._groups[:, 2], position, side="right")) - 1
+        file, group, start, first = (int(value) for value in self._groups[at])
+        return file, group, start, first, position
+
+    def _walk(self, columns: Sequence[str]) -> Iterator[tuple[int, int, int, list[int], "pa.Table | None"]]:
+        """File, its first position, the group's, positions of rows and the table (None: unreadable) of each group."""
+        reader = _GroupReader(columns, 0, self._storage)
+        ends = [*self._groups[1:, 2].tolist(), self._total]
+        for (file, group, start, first), end in zip(self._groups.tolist(), ends, strict=True):
+            if self._rows is None:
+                positions = list(range(start, end))
+            else:
+                lower, upper = np.searchsorted(self._rows, (start, end))
+                positions = self._rows[lower:upper].tolist()
+            try:
+                table = reader.table(self._files[file], group) if positions else None
+            except BadSample:
+                table = None
+            yield file, first, start, positions, table
+
+    def _picture(self, cell: object, file: Path | str, key: str) -> bytes | Path:
+        """A cell is bytes, or the {bytes, path} of Hugging Face datasets, whose path is relative to the file."""
+        value = _value(cell)
+        if isinstance(value, bytes):
+            return value
+        if isinstance(value, str) and not is_url(file) and (Path(file).parent / value).is_file():
+            return Path(file).parent / value
+        what = f"names the missing file {value}" if value else "is empty"
+        raise BadSample(f"{self.path}: {key}: the cell of column {self._image!r} {what}; mend or remove the row")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}
+
+
+def _value(cell: object) -> object:
+    return (cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell
+
+
+def _cell_size(folder: Path, cell: object) -> tuple[int, int]:
+    value = _value(cell)
+    if isinstance(value, bytes):
+        return upright_size(lambda count: value[:count])
+    return size_of_file(folder / value) if isinstance(value, str) else (0, 0)
+
+
+class _GroupReader:
+    """Row groups as Arrow tables, those up to `keep` bytes held; one a process, since forks must not share its lock."""
+
+    def __init__(self, columns: Sequence[str], keep: int, storage: Storage) -> None:
+        self.pid = os.getpid()
+        self._columns, self._keep, self._storage, self._lock = set(columns), keep, storage, threading.Lock()
+        self._tables: OrderedDict[tuple[Path | str, int], pa.Table] = OrderedDict()
+        self._held = 0
+        self._open: OrderedDict[Path | str, pq.ParquetFile] = OrderedDict()
+
+    def table(self, file: Path | str, group: int) -> pa.Table:
+        with self._lock:
+            if (file, group) not in self._tables:
+                self._tables[file, group] = self._read(file, group)
+                self._held += self._tables[file, group].nbytes
+                while self._held > self._keep and len(self._tables) > 1:
+                    self._held -= self._tables.popitem(last=False)[1].nbytes
+            self._tables.move_to_end((file, group))
+            return self._tables[file, group]
+
+    def _read(self, file: Path | str, group: int) -> pa.Table:
+        if file not in self._open:
+            self._open[file] = _open_parquet(file, self._storage)
+            if len(self._open) > _FILES_OPEN:
+                self._open.popitem(last=False)[1].close()
+        opened = self._open[file]
+        try:
+            names = [name for name in opened.schema_arrow.names if name in self._columns]
+            return opened.read_row_group(group, columns=names, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise BadSample(
+                f"{without_query(file)}: row group {group} cannot be read ({short(error)}); copy it again"
+            ) from error
+
+
+def _open_parquet(file: Path | str, storage: Storage) -> pq.ParquetFile:
+    """Raises BadSample for a file that is missing or no parquet."""
+    try:
+        return pq.ParquetFile(storage.open(file), pre_buffer=True) if is_url(file) else pq.ParquetFile(file)
+    except MissingFile as error:
+        raise BadSample(str(error)) from None
+    except (pa.ArrowException, OSError) as error:
+        empty = not is_url(file) and Path(file).exists() and not storage.size(file)
+        what = "is empty (0 bytes)" if empty else "is no readable parquet file"
+        raise BadSample(f"{without_query(file)} {what} ({short(error)}); copy it again or remove it") from error
+
+
+def _check_columns(file: Path | str, schema: pa.Schema, image_column: str, caption_columns: Sequence[str]) -> None:
+    for name, setting in ((image_column, "image_column"), *((name, "caption_columns") for name in caption_columns)):
+        if name not in schema.names:
+            raise no_column(file, name, setting, schema.names)
+        kind = schema.field(name).type
+        if setting == "image_column" and not _is_picture(kind):
+            raise UserError(f"{file}: column {name!r} (image_column) holds {kind}, not encoded picture bytes")
+        if setting == "caption_columns" and not _is_text(kind):
+            raise UserError(f"{file}: column {name!r} (caption_columns) holds {kind}, not text")
+
+
+def _rows_of_split(file: Path | str, opened: pq.ParquetFile, split: str, default: str) -> NDArray[np.bool_]:
+    """(rows,), bool: which rows of a file belong to a split."""
+    names = opened.schema_arrow.names
+    if SPLIT_COLUMN not in names or not _is_text(opened.schema_arrow.field(SPLIT_COLUMN).type):
+        return np.full(opened.metadata.num_rows, default == split)
+    try:
+        column = opened.read(columns=[SPLIT_COLUMN], use_threads=False).column(0)
+    except (pa.ArrowException, OSError) as error:
+        raise BadSample(
+            f"{without_query(file)}: column 'split' cannot be read ({short(error)}); copy it again"
+        ) from error
+    encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
+    values = [*encoded.dictionary.to_pylist(), None]
+    wanted: NDArray[np.bool_] = np.array([row_split(value, default) == split for value in values])
+    codes: NDArray[np.int32] = encoded.indices.fill_null(len(values) - 1).to_numpy(zero_copy_only=False)
+    return wanted[codes]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_picture(kind: pa.DataType) -> bool:
+    kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _is_scalar(kind: pa.DataType) -> bool:
+    return bool(_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))

@@ -1,0 +1,160 @@
+"""From a recipe to its modules: denoiser and text tower, initialised from the run's seed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prx_model.attention import check_backend
+from prx_model.packed_text import PackedText, pack
+from prx_model.text import ByteTower, T5GemmaTower
+from prx_model.transformer import PRXTransformer
+from train.commandline import precompute_command
+from train.data.text_cache import CachedText, Encoding
+from train.errors import UserError
+from train.randomness import derive_seed
+from train.ranks.parallel import fill
+from train.recipes import Recipe, Text
+
+
+@dataclass
+class Modules:
+    """The denoiser and its text tower, or the cache in the tower's place."""
+
+    model: PRXTransformer
+    tower: ByteTower | T5GemmaTower | CachedText
+
+    def trained(self) -> dict[str, nn.Module]:
+        """Modules with weights of their own; a frozen tower is none of them."""
+        return {"model": self.model, **({"tower": self.tower} if isinstance(self.tower, ByteTower) else {})}
+
+    def encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Embeddings (batch, L, width) and mask (batch, L) bool of captions, on the tower's device."""
+        text = self.text(captions)
+        return text.padded() if isinstance(text, PackedText) else text
+
+    def text(self, captions: list[str]) -> PackedText | tuple[Tensor, Tensor]:
+        """What the denoiser takes: frozen embeddings packed, those of a trained tower padded, with their mask."""
+        if not isinstance(self.tower, ByteTower):
+            return pack(*self.tower.encode(captions))
+        device = next(self.tower.parameters()).device
+        ids, mask = self.tower.tokenize(captions)
+        mask = mask.to(device, non_blocking=True)
+        return self.tower(ids.to(device, non_blocking=True), mask), mask
+
+
+def build(recipe: Recipe, device: torch.device, prepare: Callable[[nn.Module], None] | None = None) -> Modules:
+    """Make the modules with their initial weights; the same weights for a seed on every rank and device.
+
+    Args:
+        recipe: what to build.
+        device: where it goes.
+        prepare: called with each module that is trained while it has no memory yet: compiles and shards it in place.
+
+    Raises:
+        UserError: sizes that do not fit one another, or a text encoder that cannot be loaded.
+    """
+    check(recipe)
+    try:
+        check_backend(recipe.train.attention, device)
+    except ValueError as error:
+        raise UserError(f"train.attention: {error}") from None
+    with torch.device("meta"):
+        model = PRXTransformer(recipe.model, attention=recipe.train.attention)
+    _make_real(model, derive_seed(recipe.train.seed, purpose="weights"), device, prepare)
+    tower = _tower(recipe, device, prepare)
+    if tower.width != recipe.model.context_in_dim:
+        raise UserError(
+            f"the text tower gives {tower.width} features but model.context_in_dim is {recipe.model.context_in_dim}; "
+            f"set --model.context-in-dim {tower.width}"
+        )
+    return Modules(model, tower)
+
+
+def _make_real(
+    module: PRXTransformer | ByteTower, seed: int, device: torch.device, prepare: Callable[[nn.Module], None] | None
+) -> None:
+    """From the meta device to a device, sharded in between, with its initial weights."""
+    if prepare is not None:
+        prepare(module)
+    module.to_empty(device=device)
+    fill(module, module.initial_weights(torch.Generator().manual_seed(seed)))
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse settings that do not fit one another, before anything is allocated.
+
+    Raises:
+        UserError: naming the field.
+    """
+    model, data, routing, train = recipe.model, recipe.data, recipe.routing, recipe.train
+    try:
+        tokens = model.tokens(data.height, data.width)
+    except ValueError as error:
+        raise UserError(f"data.height x data.width: {error}") from None
+    if routing.enabled and (routing.end >= model.depth or tokens < 2):
+        raise UserError(
+            f"routing runs over blocks {routing.start} to {routing.end} of {tokens} tokens, but the model has blocks "
+            f"0 to {model.depth - 1} and routing needs at least 2 tokens; set --routing.end or --routing.no-enabled"
+        )
+    if not 0 <= data.bad_limit <= 1:
+        raise UserError(f"data.bad_limit is a share from 0 to 1, got {data.bad_limit:g}")
+    if data.timeout <= 0 or data.tries < 1 or data.workers < 0:
+        raise UserError(
+            "data.timeout must be positive, data.tries at least 1 and data.workers not negative, "
+            f"got {data.timeout:g}, {data.tries} and {data.workers}"
+        )
+    for name, value in (("steps", train.steps), ("batch", train.batch)):
+        if value < 1:
+            raise UserError(f"train.{name} must be at least 1, got {value}")
+    if train.warmup < 0 or train.cooldown < 0 or train.clip <= 0:
+        raise UserError(
+            f"train.warmup and train.cooldown must not be negative and train.clip must be positive, "
+            f"got {train.warmup}, {train.cooldown} and {train.clip}"
+        )
+    if recipe.parallel.micro_batches < 1 or recipe.parallel.timeout <= 0 or train.max_skipped < 1:
+        raise UserError(
+            f"parallel.micro_batches and train.max_skipped must be at least 1 and parallel.timeout positive, got "
+            f"{recipe.parallel.micro_batches}, {train.max_skipped} and {recipe.parallel.timeout:g}"
+        )
+    if recipe.repa.enabled and not 0 <= recipe.repa.layer < model.depth:
+        raise UserError(f"repa.layer {recipe.repa.layer} must be a block of the model, 0 to {model.depth - 1}")
+    if recipe.repa.enabled and recipe.repa.projector_layers < 1:
+        raise UserError(f"repa.projector_layers must be at least 1, got {recipe.repa.projector_layers}")
+    text = recipe.text
+    if text.kind == "bytes" and (text.cache or text.revision):
+        raise UserError("text.cache and text.revision are T5Gemma's; give --text.kind t5gemma, or leave them out")
+    if text.storage != "bf16" and not text.cache:
+        raise UserError(f"text.storage {text.storage!r} is how a cache holds embeddings; give --text.cache too")
+    if recipe.text.kind == "bytes" and model.context_in_dim % recipe.text.num_heads:
+        raise UserError(
+            f"text.num_heads {recipe.text.num_heads} must divide model.context_in_dim {model.context_in_dim}"
+        )
+
+
+def frozen_tower(text: Text) -> T5GemmaTower:
+    """The frozen encoder of a text section, on the CPU.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return T5GemmaTower(text.name, revision=text.revision or None, max_tokens=text.max_tokens)
+    except (ValueError, ImportError) as error:
+        raise UserError(str(error)) from None
+
+
+def _tower(
+    recipe: Recipe, device: torch.device, prepare: Callable[[nn.Module], None] | None
+) -> ByteTower | T5GemmaTower | CachedText:
+    text = recipe.text
+    if text.kind == "bytes":
+        with torch.device("meta"):
+            tower = ByteTower(recipe.model.context_in_dim, text.depth, text.num_heads, text.max_tokens)
+        _make_real(tower, derive_seed(recipe.train.seed, purpose="tower weights"), device, prepare)
+        return tower
+    if text.cache:
+        return CachedText(Path(text.cache), Encoding.of(text), device, precompute_command(recipe))
+    return frozen_tower(text).to(device)
