@@ -4,9 +4,9 @@ python -m benchmarks.dry_step prx-512                                  # one GPU
 python -m benchmarks.dry_step prx-1024 --ranks 32 --nodes 4 --out F.json
 python -m benchmarks.dry_step prx-512 --small --check                  # as CI: 4 blocks, held to benchmarks/budgets/
 
-The step is `train.step.Learner`'s. Counted are launches, bytes of device memory and operations, memory that is alive,
-graphs, recompilations and waits; every Triton kernel is built for sm_90. Milliseconds are predicted from efficiencies
-that are printed beside them. What this leaves out stands in `benchmarks/absent_gpu/__init__.py`.
+The step is that of `train.learner.step.Learner`. Counted are launches, bytes of device memory and operations, memory
+that is alive, graphs, recompilations and waits; every Triton kernel is built for sm_90. Milliseconds are predicted from
+efficiencies that are printed beside them. What this leaves out stands in `benchmarks/absent_gpu/__init__.py`.
 """
 
 import argparse

@@ -41,11 +41,11 @@ FLOORS = {
     "benchmarks": (
         ("clock", "learning", "peers", "plain_prx", "roofline"),
         ("collectives", "flop_table", "machine", "passes", "sizes", "traffic"),
-        ("denoisers", "measure", "replay"),
+        ("absent_gpu", "denoisers", "measure", "replay"),
         ("summary", "training_step"),
         ("project", "trainer_step"),
         ("conftest", "figures", "profile_step", "test_*"),
-        ("report",),
+        ("dry_step", "report"),
     ),
 }
 # The ops of prx_kernels, each with the ops below it; all of them stand on launch.py, and reference.py hands on the

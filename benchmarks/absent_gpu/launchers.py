@@ -15,7 +15,7 @@ from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.jit import JITFunction
 
-from prx_kernels._launch import NAMESPACE
+from prx_kernels.launch import NAMESPACE
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """A part of the step, in the place of `train.stopwatch.Stopwatch.span`."""
+        """A part of the step, in the place of `train.run.stopwatch.Stopwatch.span`."""
         self._parts.append(name)
         try:
             yield

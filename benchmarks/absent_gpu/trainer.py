@@ -1,4 +1,4 @@
-"""The trainer's own step (`train.step.Learner`) on the absent GPU: run twice, counted the second time.
+"""The trainer's own step (`train.learner.step.Learner`) on the absent GPU: run twice, counted the second time.
 
 What stands in for what the machine lacks: a process group that sends nothing (torch's fake one), a text cache whose
 embeddings are on the device already, teachers with random weights. All else is the trainer's.
@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,14 +24,16 @@ from benchmarks.absent_gpu.recorder import Launch, Recorder
 from benchmarks.sizes import text_lengths
 from prx_model.packed_text import PackedText, pack
 from prx_model.teachers import Teacher
-from train import build, parallel, stopwatch
-from train import step as training_step
-from train.checkpoint import Checkpointer
+from train.checkpoint.checkpointer import Checkpointer
 from train.data.loader import Batch
-from train.parallel import World
+from train.learner import build
+from train.learner import step as training_step
+from train.learner.step import Learner
+from train.learner.teaching import build_teachers
+from train.ranks import parallel
+from train.ranks.parallel import World
 from train.recipes import Recipe, prx_512, prx_1024
-from train.step import Learner
-from train.teaching import build_teachers
+from train.run import stopwatch
 
 DEVICE = torch.device("cuda", 0)
 FILL = 0.4
@@ -187,6 +188,8 @@ def _batch(recipe: Recipe, size: int) -> Batch:
 
 def _teachers(setting: Setting) -> Any:
     """Random networks, made on the CPU for real: timm reads numbers while it builds them."""
+    import timm
+
     create = timm.create_model
 
     def shallow(name: str, **settings: Any) -> Any:
