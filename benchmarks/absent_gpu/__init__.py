@@ -10,7 +10,8 @@ What it leaves out, in this order of weight:
 - milliseconds are predicted from stated efficiencies, never measured;
 - bytes are those of the least traffic: each sector once a kernel and argument. What the L2 saves or loses is not seen;
 - kernels inside of cuBLAS, cuDNN and NCCL are one launch each, and collectives carry bytes but no time;
+- products of odd sizes are not padded: Inductor times both ways on a real GPU and takes the quicker;
 - copies between host and device are noted, and cost nothing; captions come as the text cache leaves them on the device;
 - weights of teachers are random, and the picture is what it is: no number is ever computed;
-- it hangs on private names of torch. `inductor.py` and `recorder.py` hold them all, and were checked with torch 2.15.
+- it hangs on private names of torch. `inductor.py` and `recorder.py` hold them all, and were checked with torch 2.11 and 2.15.
 """

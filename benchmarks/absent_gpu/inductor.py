@@ -1,6 +1,6 @@
 """Inductor for the absent GPU: its output code runs on fake tensors, its Triton kernels are noted and never launched.
 
-All private names of torch's compiler that this hangs on stand here. Checked with torch 2.15.
+All private names of torch's compiler that this hangs on stand here. Checked with torch 2.11 and 2.15.
 """
 
 import logging
@@ -68,7 +68,9 @@ def installed(recorder: Recorder) -> Iterator[Compiled]:
             config.patch(
                 # A kernel's bytes are written into its source only where it can be benchmarked alone.
                 {"fx_graph_cache": False, "fx_graph_remote_cache": False, "compile_threads": 1,
-                 "benchmark_kernel": True, "triton.unique_kernel_names": True}
+                 "benchmark_kernel": True, "triton.unique_kernel_names": True,
+                    # Whether padding a product pays is tried out on the device.
+                    "shape_padding": False}
             )
         )  # fmt: skip
         enter(functorch_config.patch(enable_autograd_cache=False))

@@ -90,13 +90,16 @@ class Counted:
     """Kernels of ours that were launched, each build once."""
 
 
-def count(setting: Setting) -> Counted:
-    """Build the preset's learner and count its second step. Needs the stand-ins (`libraries.restart`).
+def count(setting: Setting, recipe: Recipe | None = None) -> Counted:
+    """Build a learner, the preset's unless a recipe is given, and count its second step.
+
+    The process must have been started with the stand-ins (`libraries.restart`).
 
     The first step compiles. The next one that moves the averages and a checkpoint's copy to the host come by
     themselves: they do not happen in every step.
     """
-    recorder, recipe, world = Recorder(), setting.recipe, _world(setting)
+    recipe = recipe or setting.recipe
+    recorder, world = Recorder(), _world(setting)
     with _stand_ins(recorder, setting) as compiled:
         learner = Learner(recipe, world)
         batch = _batch(recipe, setting.batch)
