@@ -13,5 +13,5 @@ What it leaves out, in this order of weight:
 - products of odd sizes are not padded: Inductor times both ways on a real GPU and takes the quicker;
 - copies between host and device are noted, and cost nothing; captions come as the text cache leaves them on the device;
 - weights of teachers are random, and the picture is what it is: no number is ever computed;
-- it hangs on private names of torch. `inductor.py` and `recorder.py` hold them all, and were checked with torch 2.11 and 2.15.
+- it hangs on private names of torch. `inductor.py` and `recorder.py` hold them all; checked with torch 2.11 and 2.15.
 """

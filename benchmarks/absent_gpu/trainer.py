@@ -140,6 +140,8 @@ def _stand_ins(recorder: Recorder, setting: Setting) -> Iterator[Compiled]:
         enter(patch.object(stopwatch.Stopwatch, "span", lambda _, name: recorder.span(name)))
         # Which captions are dropped is decided on the host, from numbers that fake tensors do not have.
         enter(patch.object(Learner, "_captions", lambda self, batch, number: batch.captions))
+        if setting.ranks == 1:  # torch cannot swap plain fake tensors for those of another device
+            enter(patch.object(nn.Module, "to_empty", _to_empty))
         resize = torch.UntypedStorage.resize_
 
         def resized(storage: Any, size: int) -> Any:
@@ -157,6 +159,8 @@ def _stand_ins(recorder: Recorder, setting: Setting) -> Iterator[Compiled]:
 
 
 def _world(setting: Setting) -> World:
+    if setting.ranks == 1:
+        return World(0, 1, DEVICE)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setting.ranks)
@@ -209,6 +213,11 @@ def _teachers(setting: Setting) -> Any:
         return made
 
     return make
+
+
+def _to_empty(module: nn.Module, *, device: torch.device) -> nn.Module:
+    _fake(module, None)
+    return module
 
 
 def _fake(module: nn.Module, dtype: torch.dtype | None) -> None:

@@ -106,9 +106,12 @@ def clip_gradients(parameters: Iterable[Any], limit: float, world: World) -> Ten
     Where the norm is not finite on any rank, every gradient becomes NaN: `Muon` then changes nothing at all, on any
     rank, and nobody has to wait for the device to decide so.
     """
-    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    parameters = [p for p in parameters if p.grad is not None]
+    for p in parameters:
+        p.grad = p.grad.to(p.dtype)  # a working copy's come in its dtype
+    gradients = [_local(p.grad) for p in parameters]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    if world.mesh is not None:
+    if world.mesh is not None and world.size > 1:
         squares = norm.square()
         dist.all_reduce(squares, group=world.mesh.get_group("shard"))
         norm = squares.sqrt()

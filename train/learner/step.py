@@ -24,6 +24,7 @@ from train.learner.teaching import TeacherLosses, build_teachers
 from train.randomness import derive_seed
 from train.ranks import parallel
 from train.ranks.parallel import World
+from train.ranks.working_copy import copies_of
 from train.recipes import Recipe
 from train.run.stopwatch import Stopwatch
 
@@ -67,6 +68,7 @@ class Learner:
         projectors = {name: teacher for name, teacher in teachers.items() if list(teacher.parameters())}
         self.trained: dict[str, nn.Module] = {**self.modules.trained(), **projectors}
         self.parameters = named_parameters(self.trained)
+        self.copies = copies_of(self.trained.values())
         self.optimizers = Optimizers(self.parameters, recipe)
         self.ema = EMA(named_parameters(self.modules.trained()), decay=recipe.ema.decay, every=recipe.ema.every)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)
@@ -89,6 +91,8 @@ class Learner:
                 (loss / count).backward()
             results.append(({"loss": loss.detach(), **parts}, losses, bins))
         means = {name: torch.stack([parts[name] for parts, _, _ in results]).mean() for name in results[0][0]}
+        for copy in self.copies:
+            copy.put_back()
         losses = torch.cat([each for _, each, _ in results])
         return means, losses, torch.stack([bins for _, _, bins in results]).sum(dim=0)
 
@@ -116,6 +120,8 @@ class Learner:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint holds, in place: name -> tensor of each module, "ema" and "optimizer"."""
+        for copy in self.copies:
+            copy.put_back()
         found: dict[str, dict[str, Tensor]] = {name: module.state_dict() for name, module in self.trained.items()}
         return {**found, "ema": self.ema.state_dict(), "optimizer": self.optimizers.state_dict()}
 

@@ -1,8 +1,8 @@
 """How many processes train one model: ranks and their mesh, blocks that are compiled and sharded, the same weights.
 
-One way for all: `fully_shard` over a mesh (FSDP2 on one dimension, HSDP on two, DDP where nothing is split, one GPU
-where the mesh is one rank). Each block is, in this order: checkpointed, compiled, sharded; then the root. Model code
-knows nothing of it. Only float32 training in one process has nothing to split or to cast, and is left plain.
+Several ranks: `fully_shard` over a mesh (FSDP2 on one dimension, HSDP on two, DDP where nothing is split). Each block
+is, in this order: checkpointed, compiled, sharded; then the root. One process has nothing to split: its weights are
+plain, with a working copy beside them where products are formed in half precision. Model code knows nothing of it.
 """
 
 import os
@@ -21,6 +21,7 @@ from prx_model.teachers import REPA, Teacher
 from prx_model.transformer import PRXTransformer
 from train.errors import UserError
 from train.ranks.rendezvous import fresh_store
+from train.ranks.working_copy import WorkingCopy, copies_of
 from train.recipes import Compile, Parallel, Train
 
 
@@ -32,7 +33,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
-    """What weights are sharded over: ("shard",), or ("replicate", "shard"). None leaves them plain, in one process."""
+    """What weights are sharded over: ("shard",), or ("replicate", "shard"). None in one process: weights are plain."""
 
     @property
     def is_main(self) -> bool:
@@ -66,17 +67,13 @@ def start(train: Train, settings: Parallel | None = None) -> World:
     replicate, shard = mesh_shape(settings, size, per_node)
     if train.deterministic:
         _repeat_exactly()
-    if size == 1 and compute_dtype(train, device) == torch.float32:
+    if size == 1:
         return World(rank, size, device)
     if not dist.is_initialized():
         # gloo beside nccl: small host-side agreements (stop, finish) must not wait on the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = patience(settings)
-        if size == 1:
-            store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend, timeout=timeout, store=fresh_store(timeout), rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=timeout, store=fresh_store(timeout), rank=rank, world_size=size)
     if replicate == 1:
         mesh = init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
     else:
@@ -140,18 +137,22 @@ def compute_dtype(settings: Train, device: torch.device) -> torch.dtype:
 def shard(module: nn.Module, world: World, settings: Parallel, train: Train, compiling: Compile) -> None:
     """Checkpoint, compile and shard a denoiser block by block, or shard any other trained module as one, in place.
 
+    One process keeps a working copy instead of shards, where it does not train in float32 alone.
+
     On the meta device: weights are filled afterwards (`fill`). Names of parameters do not change.
     """
     compiled = compiles(compiling, world.device)
     if isinstance(module, PRXTransformer):
         for block in module.blocks:
             _wrap_forward(block, checkpointed=settings.checkpointing, compiled=compiled)
+    dtype = compute_dtype(train, world.device)
     if world.mesh is None:
+        if dtype != torch.float32:
+            WorkingCopy(module, dtype, ["forward_tokens"] if isinstance(module, PRXTransformer) else [])
         return
     # Here, and not at the top: the import takes seconds, which a run in one process need not wait for.
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    dtype = compute_dtype(train, world.device)
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if dtype != torch.float32 else None,
         reduce_dtype=torch.float32,
@@ -219,9 +220,12 @@ def _part_of(parameter: Any, value: Tensor) -> Tensor:
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Drop gathered weights that a forward without backward left in place: they would hide a change of the shards."""
+    """Drop gathered weights and put back copies that a forward without backward left: they would hide a change."""
+    modules = list(modules)
     for part in _sharded(modules):
         part.reshard()
+    for copy in copies_of(modules):
+        copy.put_back()
 
 
 def reduce_gradients(modules: Iterable[nn.Module], *, now: bool) -> None:

@@ -100,7 +100,6 @@ def test_t_and_rotary_tables_stay_float32_where_products_are_bfloat16() -> None:
     asked = replace(asked, repa=replace(asked.repa, enabled=False))
     world = parallel.start(asked.train, asked.parallel)
     try:
-        assert world.mesh is not None, "one process is sharded too, so that there is one way to mixed precision"
         learner = Learner(asked, world)
         seen: dict[str, set[torch.dtype]] = {"t": set(), "rotary": set(), "x": set()}
         model = learner.modules.model

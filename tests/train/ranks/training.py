@@ -27,12 +27,13 @@ from train.data.loader import batches, open_dataset  # noqa: E402
 from train.learner import optimizers  # noqa: E402
 from train.learner.step import Learner  # noqa: E402
 from train.ranks import parallel  # noqa: E402
+from train.ranks.parallel import World  # noqa: E402
 from train.recipes import REPA, Compile, EMASettings, Parallel, Recipe, Routing, shapes  # noqa: E402
 
 STEPS = 10
 
 
-def recipe(settings: Parallel, **train: object) -> Recipe:
+def recipe(settings: Parallel, *, muon: bool = True, **train: object) -> Recipe:
     """Routing, REPA on kept tokens, Muon, EMA, clipping that clips, text from a trained tower."""
     preset = shapes()
     # Widths that no number of ranks divides: shards are uneven, and some are empty.
@@ -42,6 +43,7 @@ def recipe(settings: Parallel, **train: object) -> Recipe:
         model=replace(model, bottleneck_size=5),
         text=replace(preset.text, num_heads=3),
         routing=Routing(enabled=True, start=1, end=2),
+        muon=replace(preset.muon, enabled=muon),
         repa=REPA(enabled=True, teacher="vit_small_patch16_dinov3", weights="random", layer=1),
         ema=EMASettings(decay=0.9, every=2),
         train=replace(preset.train, steps=STEPS, batch=8, warmup=3, clip=0.05, device="cpu", **train),  # type: ignore[arg-type]
@@ -61,14 +63,16 @@ def tensors_of(learner: Learner) -> dict[str, torch.Tensor]:
     return found
 
 
-def train(settings: Parallel) -> dict[str, torch.Tensor]:
+def train(settings: Parallel, world: World | None = None, **changes: Any) -> dict[str, torch.Tensor]:
     """Ten steps in this process and the others of its group; whole tensors, losses and norms."""
-    asked = recipe(settings)
-    world = parallel.start(asked.train, asked.parallel)
+    asked = recipe(settings, **changes)
+    world = world or parallel.start(asked.train, asked.parallel)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Rounded to bfloat16, Newton-Schulz makes up to 480 times as much of the last bit of a gradient.
-        with patch.object(optimizers, "_newton_schulz_dtype", lambda device: torch.float32):
+        # Rounded to bfloat16, Newton-Schulz makes up to 480 times as much of the last bit of a gradient. For the same
+        # reason updates travel in float32: they would be rounded between ranks only.
+        exact = patch.object(optimizers, "_newton_schulz_dtype", lambda device: torch.float32)
+        with exact, patch.object(optimizers, "compute_dtype", lambda *_: torch.float32):
             learner = Learner(asked, world)
     found = {f"initial/{name}": value for name, value in tensors_of(learner).items()}
     losses, norms = [], []
