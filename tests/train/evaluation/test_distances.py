@@ -244,7 +244,7 @@ def test_held_out_pictures_are_of_prompts_never_trained_on_and_the_same_for_ever
     for preset, source in ((shapes(), "shapes"), (scenes(), "scenes")):
         held_out = open_validation(preset.data, preset.model.patch_size)
         assert held_out is not None
-        module = __import__(f"train.data.{source}", fromlist=["split_prompts"])
+        module = __import__(f"train.data.drawn.{source}", fromlist=["split_prompts"])
         allowed = {prompt.caption for prompt in module.split_prompts().combinations}
         assert all(held_out[i].caption in allowed for i in range(20))
         assert len(held_out) == 50_000
