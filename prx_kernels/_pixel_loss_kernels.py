@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._launch import Config, Table, alignment, jit, on_device, tl, tuned
+from ._launch import MAX_GRID_Y, Config, Table, alignment, jit, on_device, tl, tuned
 from ._patch_embed_kernels import feature_offsets, pixel_values, token_places
 from ._patch_embed_launch import picture_geometry
 from ._routing_kernels import hint
@@ -72,7 +72,6 @@ LOSS: Table = {
     )
 }
 SCALE: Table = {0: ((2**63, Config((("BLOCK", 2048),), num_warps=8)),)}
-_MAX_SAMPLES = 65_535  # programs in the second dimension of a grid
 
 
 def loss(
@@ -88,8 +87,8 @@ def loss(
     chunks = -(-count // config.options["ROWS"])
     parts = torch.empty((batch, chunks), dtype=torch.float32, device=tokens.device)
     with on_device(tokens):
-        for first in range(0, batch, _MAX_SAMPLES):
-            some = slice(first, first + _MAX_SAMPLES)
+        for first in range(0, batch, MAX_GRID_Y):
+            some = slice(first, first + MAX_GRID_Y)
             _loss_kernel[(chunks, parts[some].shape[0])](
                 parts[some], tokens[some] if gradient is None else gradient[some], tokens[some], image[some], t[some],
                 count, columns, width, features, *strides, t_min, unit,
@@ -107,8 +106,8 @@ def scale(x: Tensor, factor: Tensor, unit: float, *, in_place: bool) -> Tensor:
         config = tuned(SCALE, count, x.device)
         factor = factor.contiguous()
         with on_device(x):
-            for first in range(0, batch, _MAX_SAMPLES):
-                some = slice(first, first + _MAX_SAMPLES)
+            for first in range(0, batch, MAX_GRID_Y):
+                some = slice(first, first + MAX_GRID_Y)
                 _scale_kernel[(-(-count // config.options["BLOCK"]), x[some].shape[0])](
                     out[some], x[some], factor[some] if factor.ndim else factor, factor.ndim, unit, count,
                     IN_PLACE=in_place, ALIGN=alignment(count), **config.options,

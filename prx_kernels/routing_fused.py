@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._launch import Config, Table, alignment, jit, on_device, tl, tuned
+from ._launch import MAX_GRID_Y, Config, Table, alignment, jit, on_device, tl, tuned
 from ._routing_kernels import MERGE, as_rows, hint
 from .token_routing import added, check_keep, check_routed, checked_range, cleared, custom_op
 
@@ -299,7 +299,8 @@ def _accumulator(x: Tensor) -> Any:
 
 def _partial(rows: Tensor) -> Tensor:
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    shape = (rows.shape[0], -(-rows.shape[1] // _ROWS_A_SPLIT), rows.shape[2])
+    splits = min(-(-rows.shape[1] // _ROWS_A_SPLIT), MAX_GRID_Y)
+    shape = (rows.shape[0], splits, rows.shape[2])
     return torch.empty(shape, dtype=dtype, device=rows.device)
 
 
