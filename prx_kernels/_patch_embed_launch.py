@@ -65,6 +65,7 @@ FLOAT: Table = {0: ((_ANY, _tile(32, 64, 32, 4, 2)),)}
 SUM_PARTS: Table = {0: ((_ANY, Config((("BLOCK", 1024),), num_warps=4)),)}
 _SMS = 132  # of an H200; for the interpreter
 _MAX_SPLITS = 32
+_MAX_TOKENS = 2**31 - 1024  # kernels number them in 32 bits, those that a last tile has too many included
 
 
 # --- launchers ---------------------------------------------------------------------------------------------------
@@ -139,8 +140,9 @@ def image_gradient(grad: Tensor, weight: Tensor, t: Tensor | None, like: Tensor,
     (tokens, columns, width, plane), strides = picture_geometry(out, patch_size)
     with on_device(out):
         kernels.image_gradient_kernel[(_tiles(rows, size, "ROWS"), _tiles(features, size, "COLS"))](
-            out, grad, weight, grad if t is None else t, rows, features, bottleneck, tokens, columns, width, plane,
-            strides[0], **_constants(patch_size, t is not None, features, bottleneck, strides), **size.options,
+            out, grad, weight, grad if t is None else t.contiguous(), rows, features, bottleneck, tokens, columns,
+            width, plane, strides[0],
+            **_constants(patch_size, t is not None, features, bottleneck, strides), **size.options,
         )  # fmt: skip
     return out
 
@@ -176,13 +178,20 @@ def _constants(
 
 
 def picture_geometry(image: Tensor, patch_size: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Tokens, grid columns, width and pixels of a channel; and the picture's strides."""
+    """Tokens, grid columns, width and pixels of a channel; and the picture's strides.
+
+    Raises:
+        ValueError: more values in a picture, or more tokens in the batch, than kernels number in 32 bits.
+    """
     batch, channels, height, width = image.shape
     if channels * height * width >= 2**31:
         raise ValueError(f"a picture must have fewer than 2^31 values, got {channels}x{height}x{width}")
     columns = width // patch_size
+    tokens = height // patch_size * columns
+    if batch * tokens > _MAX_TOKENS:
+        raise ValueError(f"a batch must have at most {_MAX_TOKENS} tokens, got {batch} pictures of {tokens}")
     strides = (image.stride(0), image.stride(1), image.stride(2), image.stride(3))
-    return (height // patch_size * columns, columns, width, height * width), strides
+    return (tokens, columns, width, height * width), strides
 
 
 def _noise_pointers(noise: Noise | None, absent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
