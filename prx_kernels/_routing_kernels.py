@@ -222,8 +222,15 @@ GATHER: Table = {
 }
 MERGE: Table = {
     0: (
-        # With 256 indices at a time the sum of two bfloat16 tensors spills on sm_90, at sizes that 16 divides.
-        (2, Config((("ROWS", 16), ("COLS", 256), ("SCAN", 128)))),
+        (2, Config((("ROWS", 16), ("COLS", 256), ("SCAN", 256)))),
+        (4, Config((("ROWS", 16), ("COLS", 128), ("SCAN", 256)))),
+        (8, Config((("ROWS", 16), ("COLS", 32), ("SCAN", 256)))),
+    )
+}
+# A sum holds two tiles: with four warps bfloat16 spills on sm_90, at sizes that 16 divides.
+MERGE_ADD: Table = {
+    0: (
+        (2, Config((("ROWS", 16), ("COLS", 256), ("SCAN", 256)), num_warps=8)),
         (4, Config((("ROWS", 16), ("COLS", 128), ("SCAN", 256)))),
         (8, Config((("ROWS", 16), ("COLS", 32), ("SCAN", 256)))),
     )
@@ -271,7 +278,7 @@ def merge(x: Tensor | None, y: Tensor | None, keep: Tensor, tokens: int, *, add:
     assert b is not None
     view = (lambda t: t) if add else element_width
     strides = (a.stride(0), a.stride(1), b.stride(0), b.stride(1))
-    config = tuned(MERGE, a.element_size(), out.device)
+    config = tuned(MERGE_ADD if add else MERGE, a.element_size(), out.device)
     grid = (out.shape[0] * -(-tokens // config.options["ROWS"]),)
     with on_device(out):
         _merge_kernel[grid](
