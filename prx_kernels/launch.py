@@ -65,6 +65,8 @@ class Config:
 # The key of a row: the architecture (major·10 + minor; 0 is every other one) and the largest size it serves.
 Table = dict[int, tuple[tuple[int, Config], ...]]
 
+MAX_GRID_Y = 65_535  # programs in the second dimension of a grid, on every NVIDIA GPU; the first takes 2^31 - 1
+
 
 def capability(device: torch.device) -> int:
     """Compute capability as major·10 + minor of an NVIDIA device; 0 for AMD, for the interpreter and for the CPU."""
@@ -78,10 +80,12 @@ def tuned(table: Table, size: int, device: torch.device) -> Config:
     """The first row of the device's part of the table that serves `size`.
 
     Raises:
-        ValueError: the size exceeds every row.
+        ValueError: the size exceeds every row, or the table has none for this architecture.
     """
-    here = capability(device)
-    rows = table[here if here in table else 0]
+    arch = capability(device)
+    rows = table.get(arch, table.get(0))  # a table of what few architectures have has no other row
+    if rows is None:
+        raise ValueError(f"the kernel runs on architectures {', '.join(map(str, table))}, got {arch}")
     for limit, config in rows:
         if size <= limit:
             return config

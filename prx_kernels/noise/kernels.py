@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..launch import Config, Table, alignment, hint, jit, on_device, tl, tuned
+from ..launch import MAX_GRID_Y, Config, Table, alignment, hint, jit, on_device, tl, tuned
 
 # --- device functions --------------------------------------------------------------------------------------------
 
@@ -110,7 +110,6 @@ def _normal_kernel(  # type: ignore[no-untyped-def]
 
 # Keyed on elements a sample. Provisional: not yet tuned on a GPU.
 NORMAL: Table = {0: ((256, Config((("BLOCK", 64),), num_warps=1)), (2**34, Config((("BLOCK", 512),), num_warps=4)))}
-_MAX_SAMPLES = 65_535  # programs in the second dimension of a grid
 
 
 def normal(sample_ids: Tensor, seed: Tensor, count: int) -> Tensor:
@@ -119,8 +118,8 @@ def normal(sample_ids: Tensor, seed: Tensor, count: int) -> Tensor:
     if out.numel():
         config = tuned(NORMAL, count, out.device)
         with on_device(out):
-            for first in range(0, out.shape[0], _MAX_SAMPLES):
-                rows = out[first : first + _MAX_SAMPLES]
+            for first in range(0, out.shape[0], MAX_GRID_Y):
+                rows = out[first : first + MAX_GRID_Y]
                 grid = (-(-count // (4 * config.options["BLOCK"])), rows.shape[0])
                 _normal_kernel[grid](
                     rows, sample_ids[first:].contiguous(), seed, count, ALIGN=alignment(count), **config.options

@@ -140,8 +140,9 @@ def image_gradient(grad: Tensor, weight: Tensor, t: Tensor | None, like: Tensor,
     (tokens, columns, width, plane), strides = picture_geometry(out, patch_size)
     with on_device(out):
         kernels.image_gradient_kernel[(_tiles(rows, size, "ROWS"), _tiles(features, size, "COLS"))](
-            out, grad, weight, grad if t is None else t, rows, features, bottleneck, tokens, columns, width, plane,
-            strides[0], **_constants(patch_size, t is not None, features, bottleneck, strides), **size.options,
+            out, grad, weight, grad if t is None else t.contiguous(), rows, features, bottleneck, tokens, columns,
+            width, plane, strides[0],
+            **_constants(patch_size, t is not None, features, bottleneck, strides), **size.options,
         )  # fmt: skip
     return out
 

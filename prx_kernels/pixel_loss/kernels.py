@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..launch import Config, Table, alignment, hint, jit, on_device, tl, tuned
+from ..launch import MAX_GRID_Y, Config, Table, alignment, hint, jit, on_device, tl, tuned
 
 # --- device functions --------------------------------------------------------------------------------------------
 
@@ -100,18 +100,25 @@ LOSS: Table = {
         (2**31, Config((("ROWS", 8), ("COLS", 256)), num_warps=4)),
     )
 }
+_MAX_TOKENS = 2**31 - 1024  # kernels number them in 32 bits, those that a last tile has too many included
 SCALE: Table = {0: ((2**63, Config((("BLOCK", 2048),), num_warps=8)),)}
-_MAX_SAMPLES = 65_535  # programs in the second dimension of a grid
 
 
 def picture_geometry(image: Tensor, patch_size: int) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
-    """Tokens, grid columns, width and pixels of a channel; and the picture's strides."""
+    """Tokens, grid columns, width and pixels of a channel; and the picture's strides.
+
+    Raises:
+        ValueError: more values in a picture, or more tokens in the batch, than kernels number in 32 bits.
+    """
     batch, channels, height, width = image.shape
     if channels * height * width >= 2**31:
         raise ValueError(f"a picture must have fewer than 2^31 values, got {channels}x{height}x{width}")
     columns = width // patch_size
+    tokens = height // patch_size * columns
+    if batch * tokens > _MAX_TOKENS:
+        raise ValueError(f"a batch must have at most {_MAX_TOKENS} tokens, got {batch} pictures of {tokens}")
     strides = (image.stride(0), image.stride(1), image.stride(2), image.stride(3))
-    return (height // patch_size * columns, columns, width, height * width), strides
+    return (tokens, columns, width, height * width), strides
 
 
 def loss(
@@ -127,8 +134,8 @@ def loss(
     chunks = -(-count // config.options["ROWS"])
     parts = torch.empty((batch, chunks), dtype=torch.float32, device=tokens.device)
     with on_device(tokens):
-        for first in range(0, batch, _MAX_SAMPLES):
-            some = slice(first, first + _MAX_SAMPLES)
+        for first in range(0, batch, MAX_GRID_Y):
+            some = slice(first, first + MAX_GRID_Y)
             _loss_kernel[(chunks, parts[some].shape[0])](
                 parts[some], tokens[some] if gradient is None else gradient[some], tokens[some], image[some], t[some],
                 count, columns, width, features, *strides, t_min, unit,
@@ -146,8 +153,8 @@ def scale(x: Tensor, factor: Tensor, unit: float, *, in_place: bool) -> Tensor:
         config = tuned(SCALE, count, x.device)
         factor = factor.contiguous()
         with on_device(x):
-            for first in range(0, batch, _MAX_SAMPLES):
-                some = slice(first, first + _MAX_SAMPLES)
+            for first in range(0, batch, MAX_GRID_Y):
+                some = slice(first, first + MAX_GRID_Y)
                 _scale_kernel[(-(-count // config.options["BLOCK"]), x[some].shape[0])](
                     out[some], x[some], factor[some] if factor.ndim else factor, factor.ndim, unit, count,
                     IN_PLACE=in_place, ALIGN=alignment(count), **config.options,

@@ -188,15 +188,19 @@ def _loss_and_gradient(
     tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: float, unit: float
 ) -> tuple[Tensor, Tensor]:
     if tokens.dtype == torch.float64:
-        return reference.x_prediction_loss_gradient(tokens, image, t, patch_size, t_min, unit)
+        return _plain_loss_and_gradient(tokens, image, t, patch_size, t_min, unit)
     gradient = torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
     return kernels.loss(tokens, image, t, patch_size, t_min, gradient, unit), gradient
 
 
-@_loss_and_gradient.register_kernel("cpu")
-def _(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: float, unit: float) -> tuple[Tensor, Tensor]:
+def _plain_loss_and_gradient(
+    tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: float, unit: float
+) -> tuple[Tensor, Tensor]:
     losses, gradient = reference.x_prediction_loss_gradient(tokens, image, t, patch_size, t_min, unit)
     return losses, gradient.contiguous()
+
+
+_loss_and_gradient.register_kernel("cpu")(_plain_loss_and_gradient)
 
 
 @_loss_and_gradient.register_fake

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import Config, Table, alignment, custom_op, hint, jit, on_device, tl, tuned
+from ..launch import MAX_GRID_Y, Config, Table, alignment, custom_op, hint, jit, on_device, tl, tuned
 from . import reference
 from .kernels import MERGE, as_rows
 from .tokens import added, check_keep, check_routed, checked_range, cleared
@@ -299,7 +299,8 @@ def _accumulator(x: Tensor) -> Any:
 
 def _partial(rows: Tensor) -> Tensor:
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    shape = (rows.shape[0], -(-rows.shape[1] // _ROWS_A_SPLIT), rows.shape[2])
+    splits = min(-(-rows.shape[1] // _ROWS_A_SPLIT), MAX_GRID_Y)
+    shape = (rows.shape[0], splits, rows.shape[2])
     return torch.empty(shape, dtype=dtype, device=rows.device)
 
 

@@ -5,6 +5,8 @@ A copy runs on integer views of its tensors: one compiled kernel for all dtypes 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,17 @@ def _write_chosen(row_ptr, token, keys, threshold, before, places):  # type: ign
 
 
 @jit
+def _row_tile(kept, width, ROWS: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Batch, rows and columns of this program: one number for all, as a row may have more tiles than a grid rows."""
+    across = tl.cdiv(width, COLS)
+    tiles = tl.cdiv(kept, ROWS)
+    tile = tl.program_id(0) // across
+    rows = (tile % tiles) * ROWS + tl.arange(0, ROWS)
+    cols = (tl.program_id(0) % across) * COLS + tl.arange(0, COLS)
+    return (tile // tiles).to(tl.int64), rows, cols
+
+
+@jit
 def _gather_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     x_ptr,
@@ -81,10 +94,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
 ):
     """out[b, k] = x[b, keep[b, k]] on integer views; an index outside x gives all-ones bits, NaN in floats."""
     width, x_batch, x_token = hint(width, ALIGN), hint(x_batch, ALIGN), hint(x_token, ALIGN)
-    tiles = tl.cdiv(kept, ROWS)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    rows = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    batch, rows, cols = _row_tile(kept, width, ROWS, COLS)
     index = tl.load(keep_ptr + batch * kept + rows, mask=rows < kept, other=-1).to(tl.int64)
     valid = ((index >= 0) & (index < tokens))[:, None] & (cols < width)[None, :]
     values = tl.load(x_ptr + batch * x_batch + index[:, None] * x_token + cols[None, :], mask=valid, other=-1)
@@ -171,10 +181,7 @@ def _update_kernel(  # type: ignore[no-untyped-def]
     """In place: rows `keep` of x become zero, or x + y if ADD; no other row, and nothing outside x, is touched."""
     width, x_batch, x_token = hint(width, ALIGN), hint(x_batch, ALIGN), hint(x_token, ALIGN)
     y_batch, y_token = hint(y_batch, ALIGN), hint(y_token, ALIGN)
-    tiles = tl.cdiv(kept, ROWS)
-    batch = (tl.program_id(0) // tiles).to(tl.int64)
-    rows = (tl.program_id(0) % tiles) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    batch, rows, cols = _row_tile(kept, width, ROWS, COLS)
     mask = (rows < kept)[:, None] & (cols < width)[None, :]
     index = tl.load(keep_ptr + batch * kept + rows, mask=rows < kept, other=0).to(tl.int64)
     mask = mask & ((index >= 0) & (index < tokens))[:, None]
@@ -213,6 +220,14 @@ MERGE: Table = {
         (8, Config((("ROWS", 16), ("COLS", 32), ("SCAN", 256)))),
     )
 }
+# A sum holds two tiles: with four warps bfloat16 spills on sm_90, at sizes that 16 divides.
+MERGE_ADD: Table = {
+    0: (
+        (2, Config((("ROWS", 16), ("COLS", 256), ("SCAN", 256)), num_warps=8)),
+        (4, Config((("ROWS", 16), ("COLS", 128), ("SCAN", 256)))),
+        (8, Config((("ROWS", 16), ("COLS", 32), ("SCAN", 256)))),
+    )
+}
 
 
 def sample_keep(sample_ids: Tensor, seed: Tensor, tokens: int, kept: int) -> Tensor:
@@ -229,13 +244,14 @@ def sample_keep(sample_ids: Tensor, seed: Tensor, tokens: int, kept: int) -> Ten
 
 def gather(x: Tensor, keep: Tensor) -> Tensor:
     out = torch.empty((*keep.shape, *x.shape[2:]), dtype=x.dtype, device=x.device)
-    x, keep, kept = as_rows(x), keep.contiguous(), keep.shape[1]
+    x, keep, kept = as_rows(_real(x)), keep.contiguous(), keep.shape[1]
+    sizes = (x.shape[2], x.stride(0), x.stride(1))
     if out.numel():
         config = tuned(GATHER, x.element_size(), x.device)
         with on_device(x):
             _gather_kernel[_row_grid(keep.shape[0], kept, x.shape[2], config)](
-                element_width(out), element_width(x), keep, x.shape[1], kept, x.shape[2], x.stride(0), x.stride(1),
-                ALIGN=alignment(x.shape[2], x.stride(0), x.stride(1)), **config.options,
+                element_width(_real(out)), element_width(x), keep, x.shape[1], kept, *sizes,
+                ALIGN=alignment(*sizes), **config.options,
             )  # fmt: skip
     return out
 
@@ -249,17 +265,17 @@ def merge(x: Tensor | None, y: Tensor | None, keep: Tensor, tokens: int, *, add:
     if out.numel() == 0:
         return out
     # A missing tensor is never read: any of the right dtype stands in its place.
-    xs, ys = (as_rows(x) if x is not None else None), (as_rows(y) if y is not None else None)
+    xs, ys = (as_rows(_real(t)) if t is not None else None for t in (x, y))
     a, b = xs if xs is not None else ys, ys if ys is not None else xs
     assert a is not None
     assert b is not None
     view = (lambda t: t) if add else element_width
     strides = (a.stride(0), a.stride(1), b.stride(0), b.stride(1))
-    config = tuned(MERGE, out.element_size(), out.device)
+    config = tuned(MERGE_ADD if add else MERGE, a.element_size(), out.device)
     grid = (out.shape[0] * -(-tokens // config.options["ROWS"]),)
     with on_device(out):
         _merge_kernel[grid](
-            view(out), view(a), view(b), keep, tokens, kept, a.shape[2], *strides,
+            view(_real(out)), view(a), view(b), keep, tokens, kept, a.shape[2], *strides,
             HAS_X=xs is not None, HAS_Y=ys is not None, ADD=add, ALIGN=alignment(a.shape[2], *strides),
             **config.options,
         )  # fmt: skip
@@ -267,11 +283,12 @@ def merge(x: Tensor | None, y: Tensor | None, keep: Tensor, tokens: int, *, add:
 
 
 def update(x: Tensor, y: Tensor | None, keep: Tensor) -> None:
-    """In place: rows `keep` of x become zero, or x + y where y is given. x is (batch, tokens, width), rows dense."""
+    """In place: rows `keep` of x (batch, tokens, ...), dense, become zero, or x + y where y is given."""
     keep, kept = keep.contiguous(), keep.shape[1]
     if x.numel() == 0:
         return
-    b = as_rows(y) if y is not None else x
+    x = _real(x).view(x.shape[0], x.shape[1], -1)
+    b = as_rows(_real(y)) if y is not None else x
     strides = (x.stride(0), x.stride(1), b.stride(0), b.stride(1))
     config = tuned(GATHER, x.element_size(), x.device)
     view = element_width if y is None else (lambda t: t)
@@ -284,9 +301,14 @@ def update(x: Tensor, y: Tensor | None, keep: Tensor) -> None:
 
 def as_rows(x: Tensor) -> Tensor:
     """(batch, tokens, ...) as (batch, tokens, width) with dense rows; only what is not dense already is copied."""
-    rows = x.reshape(x.shape[0], x.shape[1], -1)
+    rows = x.reshape(x.shape[0], x.shape[1], math.prod(x.shape[2:]))
     return rows if rows.stride(2) == 1 or rows.shape[2] == 1 else rows.contiguous()
 
 
-def _row_grid(batch: int, rows: int, width: int, config: Config) -> tuple[int, int]:
-    return batch * -(-rows // config.options["ROWS"]), -(-width // config.options["COLS"])
+def _real(x: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, which Triton knows, and which rows are copied and added by."""
+    return torch.view_as_real(x) if x.is_complex() else x
+
+
+def _row_grid(batch: int, rows: int, width: int, config: Config) -> tuple[int]:
+    return (batch * -(-rows // config.options["ROWS"]) * -(-width // config.options["COLS"]),)

@@ -33,8 +33,9 @@ def copies(arch: int) -> Iterator[tuple[str, Build]]:
             arguments = signature(kernel, element, keep_ptr="*i32")
             yield f"update {width} add={add}", build(kernel, arguments, {**align, "ADD": add}, config, arch)
     kernel = kernels._merge_kernel
-    for width, config in kernels.MERGE[0]:
+    for width, _ in kernels.MERGE[0]:
         for has_x, has_y, add in ((True, True, False), (True, False, False), (False, True, False), (True, True, True)):
+            config = dict((kernels.MERGE_ADD if add else kernels.MERGE)[0])[width]
             arguments = signature(kernel, FLOATS[width] if add else BITS[width], keep_ptr="*i32")
             constants = {"ALIGN": 16 // width, "HAS_X": has_x, "HAS_Y": has_y, "ADD": add}
             yield f"merge {width} {constants}", build(kernel, arguments, constants, config, arch)
