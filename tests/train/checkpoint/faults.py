@@ -76,7 +76,8 @@ def train(run: Path) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if dist.is_initialized() else None
 
     def lay(tensor: Tensor) -> Tensor:
-        return tensor if mesh is None else distribute_tensor(tensor, mesh, [Shard(0)])
+        # All ranks drew the same: without a rank to send it, a rank that died is met in a save, and nowhere else.
+        return tensor if mesh is None else distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
 
     weight, momentum = lay(torch.ones(SHAPE)), lay(torch.zeros(SHAPE))
     tensors = {"model": {"w": weight}, "optimizer": {"w/momentum": momentum}}
