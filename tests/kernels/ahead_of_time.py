@@ -29,6 +29,7 @@ class Build:
     stack: int
     shared: int
     ptx: str
+    boxes: tuple[dict[str, Any], ...] = ()  # of the kernel's descriptors: block_size, elem_size, swizzle
 
     def accesses(self, kind: str) -> list[int]:
         """Bytes of each global access ("ld" or "st") in the PTX."""
@@ -49,11 +50,16 @@ def build(kernel: Any, arguments: dict[str, str], constants: dict[str, Any], con
         (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")
     }
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()}, attrs)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return assemble(source, arch, {"num_warps": config.num_warps, "num_stages": config.num_stages})
+
+
+def assemble(source: ASTSource, arch: int, options: dict[str, Any]) -> Build:
+    """Compile what a launch would compile for `sm_{arch}`."""
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
-    return Build(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
+    boxes = tuple(filter(None, getattr(compiled.metadata, "tensordesc_meta", None) or ()))
+    return Build(registers, stack, compiled.metadata.shared, compiled.asm["ptx"], boxes)
