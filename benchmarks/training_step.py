@@ -25,8 +25,9 @@ from prx_model.packed_text import PackedText, pack
 from prx_model.teachers import Prediction, Teacher
 from train import parallel
 from train.data.loader import Batch, to_float
+from train.graphs import compile_teachers
 from train.optimizers import Optimizers, clip_gradients, named_parameters, split
-from train.recipes import Compile, Recipe, prx_512, prx_1024
+from train.recipes import Recipe, prx_512, prx_1024
 from train.stopwatch import Stopwatch
 from train.teaching import TeacherLosses, build_teachers
 
@@ -197,7 +198,7 @@ class TrainingStep:
             self._average = self._ema()
             if way.compiled:
                 denoisers.compile_blocks(way.denoiser, self.model)
-                parallel.compile_teachers(self.teachers.values(), Compile(), device())
+                compile_teachers(self.teachers, self.recipe, device())
 
     def __call__(self) -> Tensor:
         """A whole step; gives the loss, a 0-dim tensor."""

@@ -20,6 +20,7 @@ from prx_model.packed_text import PackedText
 from train import parallel
 from train.build import Modules, build
 from train.data.loader import Batch
+from train.graphs import block_graphs, compile_teachers
 from train.optimizers import Optimizers, clip_gradients, learning_rate_factor, named_parameters
 from train.parallel import World
 from train.randomness import derive_seed
@@ -54,13 +55,12 @@ class Learner:
 
     def __init__(self, recipe: Recipe, world: World, *, stage: int = 0) -> None:
         self.recipe, self.world, self.stage = recipe, world, stage
-        prepare = partial(
-            parallel.shard, world=world, settings=recipe.parallel, train=recipe.train, compiling=recipe.compile
-        )
+        graphs = block_graphs(recipe, world.device)
+        prepare = partial(parallel.shard, world=world, settings=recipe.parallel, train=recipe.train, graphs=graphs)
         self.modules: Modules = build(recipe, world.device, prepare)
         teachers = build_teachers(recipe, world.device)
         parallel.shard_projectors(teachers.values(), world, recipe.parallel, recipe.train)
-        parallel.compile_teachers(teachers.values(), recipe.compile, world.device)
+        compile_teachers(teachers, recipe, world.device)
         self.teaching = TeacherLosses(recipe, teachers)
         self.stopwatch = Stopwatch(world.device, nvtx=recipe.profile.nvtx)
         # A projector is trained beside the model, and is no part of what is averaged or drawn with.
