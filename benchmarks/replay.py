@@ -117,7 +117,7 @@ def _worker(rank: int, case: Case, folder: str) -> None:
     assert world.mesh is not None
     torch.manual_seed(0)
     model = PRXTransformer(CONFIG)
-    parallel.shard(model, world, recipe.parallel, recipe.train, recipe.compile)
+    parallel.shard(model, world, recipe.parallel, recipe.train)
     named = named_parameters({"model": model})
     muon, adam = split(named, recipe)
     # Not the trainer's `Optimizers`, which on a CPU orthogonalises in another dtype: costs and owners would differ.

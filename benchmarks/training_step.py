@@ -27,7 +27,8 @@ from train.data.loader import Batch, to_float
 from train.learner.optimizers import Optimizers, clip_gradients, named_parameters, split
 from train.learner.teaching import TeacherLosses, build_teachers
 from train.ranks import parallel
-from train.recipes import Compile, Recipe, prx_512, prx_1024
+from train.ranks.graphs import compile_teachers
+from train.recipes import Recipe, prx_512, prx_1024
 from train.run.stopwatch import Stopwatch
 
 
@@ -197,7 +198,7 @@ class TrainingStep:
             self._average = self._ema()
             if way.compiled:
                 denoisers.compile_blocks(way.denoiser, self.model)
-                parallel.compile_teachers(self.teachers.values(), Compile(), device())
+                compile_teachers(self.teachers, self.recipe, device())
 
     def __call__(self) -> Tensor:
         """A whole step; gives the loss, a 0-dim tensor."""

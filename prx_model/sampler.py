@@ -30,7 +30,7 @@ def time_grid(steps: int, shift: float) -> Tensor:
 
 def initial_noise(seeds: Tensor, channels: int, height: int, width: int) -> Tensor:
     """Standard normal noise of the pictures with these seeds: (batch, channels, height, width) float32."""
-    stream = torch.tensor(_NOISE_STREAM, device=seeds.device)
+    stream = torch.full((), _NOISE_STREAM, device=seeds.device)  # made there: a copy would wait for the device
     return philox_normal(stream, (seeds.shape[0], channels, height, width), sample_ids=seeds)
 
 
@@ -123,7 +123,7 @@ class _Predictor:
             self.seeds,
             config.tokens(height, width),
             self.routing.selection_ratio,
-            seed=torch.tensor(_KEEP_STREAM + step, device=x.device),
+            seed=torch.full((), _KEEP_STREAM + step, device=x.device),
         )
         route = (self.routing.start, self.routing.end)
         tokens = self.model.forward_tokens(x, t, self.text, self.mask, keep=keep, route=route)

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from prx_kernels import gather_tokens
 
+from .teacher_constants import Features, ImageNet, fix_size, rotary_table
 from .teacher_weights import load_lpips, load_timm
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _COSINE_EPS = 1e-8
 
 
@@ -66,7 +65,7 @@ class Teacher(nn.Module):
         super().__init__()
         # Not a submodule: state_dict() and parameters() of a teacher are what is trained with it, a projector at most.
         self._frozen: list[Any] = [network.to(dtype).eval().requires_grad_(False)]
-        self._frozen.append(getattr(network, "forward_features", network))
+        self._frozen.append(Features(network).forward if hasattr(network, "forward_features") else network)
         self.dtype = dtype
 
     @property
@@ -79,13 +78,20 @@ class Teacher(nn.Module):
         self.network.to(device)
         return self.to(device)
 
-    def compile_network(self) -> None:
-        """Compile what is run of the frozen network."""
-        self._frozen[1] = torch.compile(self._frozen[1])
+    def wrap_network(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace what is run of the frozen network by what `wrap` makes of it: compiled, say.
+
+        It takes pictures (batch, 3, H, W), of LPIPS two of them, and the rotary table where the network has one.
+        """
+        self._frozen[1] = wrap(self._frozen[1])
+
+    @abstractmethod
+    def input_size(self, height: int, width: int, patch_size: int = 32) -> tuple[int, int]:
+        """Height and width of what the network is given of pictures of this size, in pixels."""
 
     def patch_tokens(self, image: Tensor) -> Tensor:
         """Normalised patch tokens of a timm vision transformer, without class and registers: (batch, N, width)."""
-        tokens: Tensor = self._frozen[1](image)
+        tokens: Tensor = self._frozen[1](image, *rotary_table(self.network, image.shape[2], image.shape[3]))
         return tokens[:, self.network.num_prefix_tokens :]
 
     @abstractmethod
@@ -132,6 +138,7 @@ class REPA(Teacher):
         for i in range(layers):
             parts += [nn.SiLU()] * (i > 0) + [nn.Linear(widths[i], widths[i + 1])]
         self.projector = nn.Sequential(*parts)
+        self.normalise = ImageNet()
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """torch's own initialisation of linear layers, from a generator."""
@@ -157,14 +164,14 @@ class REPA(Teacher):
 
     def _target(self, prediction: Prediction) -> Tensor:
         height, width = prediction.image.shape[2:]
-        resized = F.interpolate(prediction.image, size=self._size(height, width, prediction.patch_size))
-        return self.patch_tokens(imagenet((resized + 1) / 2).to(self.dtype))
+        resized = F.interpolate(prediction.image, size=self.input_size(height, width, prediction.patch_size))
+        return self.patch_tokens(self.normalise((resized + 1) / 2).to(self.dtype))
 
     def flop(self, height: int, width: int, patch_size: int = 32) -> float:
-        return _count(self.network.forward_features, *self._size(height, width, patch_size), gradient=False)
+        return _count(self.network.forward_features, *self.input_size(height, width, patch_size), gradient=False)
 
-    def _size(self, height: int, width: int, patch_size: int) -> tuple[int, int]:
-        """Pixels of the teacher's picture: a patch for each of the denoiser's."""
+    def input_size(self, height: int, width: int, patch_size: int = 32) -> tuple[int, int]:
+        """A patch of the teacher's for each of the denoiser's."""
         patch: int = self.network.patch_embed.patch_size[0]
         return height // patch_size * patch, width // patch_size * patch
 
@@ -194,9 +201,12 @@ class LPIPSLoss(Teacher):
         return _wide(distance.flatten(1)).mean(dim=1)
 
     def flop(self, height: int, width: int, patch_size: int = 32) -> float:
-        trunk = self.network.net
-        target = _count(trunk, height // 2, width // 2, gradient=False)
-        return target + _count(trunk, height // 2, width // 2, gradient=True)
+        trunk, size = self.network.net, self.input_size(height, width)
+        return _count(trunk, *size, gradient=False) + _count(trunk, *size, gradient=True)
+
+    def input_size(self, height: int, width: int, patch_size: int = 32) -> tuple[int, int]:
+        """Half of both."""
+        return height // 2, width // 2
 
 
 class PerceptualDINO(Teacher):
@@ -228,6 +238,8 @@ class PerceptualDINO(Teacher):
         if size % patch or size < patch:
             raise ValueError(f"pdino.size {size} must be a multiple of the patch {patch} of {name}")
         self.size = size
+        self.normalise = ImageNet()
+        fix_size(self.network, size, size)
 
     def forward(self, prediction: Prediction) -> Tensor:
         target = prediction.once((id(self.network), "pdino", self.size), lambda: self._features(prediction.image))
@@ -235,7 +247,7 @@ class PerceptualDINO(Teacher):
         return (1 - F.cosine_similarity(_wide(predicted), _wide(target), dim=-1, eps=_COSINE_EPS)).mean(dim=1)
 
     def _features(self, image: Tensor) -> Tensor:
-        normalised = imagenet(((image + 1) / 2).clamp(0, 1))
+        normalised = self.normalise(((image + 1) / 2).clamp(0, 1))
         resized = F.interpolate(normalised, size=(self.size, self.size), mode="bilinear", antialias=False)
         return self.patch_tokens(resized.to(self.dtype))
 
@@ -244,11 +256,9 @@ class PerceptualDINO(Teacher):
         target = _count(forward, self.size, self.size, gradient=False)
         return target + _count(forward, self.size, self.size, gradient=True)
 
-
-def imagenet(image: Tensor) -> Tensor:
-    """Normalise pictures (batch, 3, H, W) in [0, 1] by ImageNet's mean and deviation; dtype kept."""
-    mean, std = (image.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (image - mean) / std
+    def input_size(self, height: int, width: int, patch_size: int = 32) -> tuple[int, int]:
+        """The square, whatever the picture's size."""
+        return self.size, self.size
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from prx_kernels import gather_tokens, sample_keep
 from prx_model import PRXConfig, PRXTransformer
-from prx_model.teachers import REPA, LPIPSLoss, PerceptualDINO, Prediction, Teacher, imagenet
+from prx_model.teacher_constants import ImageNet
+from prx_model.teachers import REPA, LPIPSLoss, PerceptualDINO, Prediction, Teacher
 
 SMALL_DINOV3, SMALL_DINOV2 = "vit_small_patch16_dinov3", "vit_small_patch14_reg4_dinov2"
 BATCH, SIZE, PATCH, HIDDEN = 2, 64, 32, 48
@@ -81,7 +82,7 @@ def test_repas_teacher_has_a_patch_for_each_of_the_denoisers(
     repa._target(Prediction(image, image, patch_size=patch))
     assert given[0].shape[2:] == (16 * grid[0], 16 * grid[1])
     rows, columns = (torch.arange(16 * n) * patch // 16 for n in grid)
-    exact = imagenet((image.double()[:, :, rows][..., columns] + 1) / 2)
+    exact = ImageNet()((image.double()[:, :, rows][..., columns] + 1) / 2)
     assert ((given[0].double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
 
 
@@ -91,7 +92,7 @@ def test_repa_on_kept_tokens_is_dense_repa_restricted_to_them() -> None:
     assert seen.features is not None
     keep = sample_keep(torch.arange(BATCH), 12, 0.5, seed=torch.tensor(4))
     routed = Prediction(seen.image, seen.x0_hat, gather_tokens(seen.features, keep), keep, PATCH)
-    tokens = repa.patch_tokens(imagenet((F.interpolate(seen.image, scale_factor=0.5) + 1) / 2))
+    tokens = repa.patch_tokens(ImageNet()((F.interpolate(seen.image, scale_factor=0.5) + 1) / 2))
     dense = F.cosine_similarity(repa.projector(seen.features), tokens, dim=-1)
     torch.testing.assert_close(repa(routed), -dense.gather(1, keep.long()).mean(1), rtol=1e-5, atol=1e-6)
 

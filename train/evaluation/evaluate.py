@@ -113,7 +113,7 @@ def held_out_loss(
         for value in FIXED_T:
             t = torch.full((image.shape[0],), value, device=device)
             noisy = flow.add_noise(image, noise, t, noise_scale=recipe.flow.noise_scale)
-            tokens = modules.model.forward_tokens(noisy, t, text, mask)
+            tokens = modules.model.forward_tokens(noisy, t[:1], text, mask)  # one time for all, as in sampling
             each = x_prediction_loss(
                 tokens, image, t, recipe.model.patch_size, t_min=recipe.flow.t_min, reduction="none"
             )

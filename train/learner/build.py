@@ -5,16 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prx_model.attention import check_backend
 from prx_model.packed_text import PackedText, pack
-from prx_model.text import ByteTower, T5GemmaTower
+from prx_model.text import PAD, ByteTower, T5GemmaTower
 from prx_model.transformer import PRXTransformer
 from train.commandline import precompute_command
 from train.data.text_cache import CachedText, Encoding
 from train.errors import UserError
 from train.randomness import derive_seed
+from train.ranks.graphs import KEYS_STEP
 from train.ranks.parallel import fill
 from train.recipes import Recipe, Text
 
@@ -36,11 +38,16 @@ class Modules:
         return text.padded() if isinstance(text, PackedText) else text
 
     def text(self, captions: list[str]) -> PackedText | tuple[Tensor, Tensor]:
-        """What the denoiser takes: frozen embeddings packed, those of a trained tower padded, with their mask."""
+        """What the denoiser takes: frozen embeddings packed, those of a trained tower padded, with their mask.
+
+        Lengths are rounded up, so that blocks have one graph for all of them, captions that are all empty too.
+        """
         if not isinstance(self.tower, ByteTower):
             return pack(*self.tower.encode(captions))
         device = next(self.tower.parameters()).device
         ids, mask = self.tower.tokenize(captions)
+        missing = -ids.shape[1] % KEYS_STEP
+        ids, mask = F.pad(ids, (0, missing), value=PAD), F.pad(mask, (0, missing), value=False)
         mask = mask.to(device, non_blocking=True)
         return self.tower(ids.to(device, non_blocking=True), mask), mask
 

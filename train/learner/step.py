@@ -23,6 +23,7 @@ from train.learner.optimizers import Optimizers, clip_gradients, learning_rate_f
 from train.learner.teaching import TeacherLosses, build_teachers
 from train.randomness import derive_seed
 from train.ranks import parallel
+from train.ranks.graphs import block_graphs, compile_teachers
 from train.ranks.parallel import World
 from train.ranks.working_copy import copies_of
 from train.recipes import Recipe
@@ -55,13 +56,12 @@ class Learner:
 
     def __init__(self, recipe: Recipe, world: World, *, stage: int = 0) -> None:
         self.recipe, self.world, self.stage = recipe, world, stage
-        prepare = partial(
-            parallel.shard, world=world, settings=recipe.parallel, train=recipe.train, compiling=recipe.compile
-        )
+        graphs = block_graphs(recipe, world.device)
+        prepare = partial(parallel.shard, world=world, settings=recipe.parallel, train=recipe.train, graphs=graphs)
         self.modules: Modules = build(recipe, world.device, prepare)
         teachers = build_teachers(recipe, world.device)
         parallel.shard_projectors(teachers.values(), world, recipe.parallel, recipe.train)
-        parallel.compile_teachers(teachers.values(), recipe.compile, world.device)
+        compile_teachers(teachers, recipe, world.device)
         self.teaching = TeacherLosses(recipe, teachers)
         self.stopwatch = Stopwatch(world.device, nvtx=recipe.profile.nvtx)
         # A projector is trained beside the model, and is no part of what is averaged or drawn with.

@@ -20,9 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from prx_model.teachers import REPA, Teacher
 from prx_model.transformer import PRXTransformer
 from train.errors import UserError
+from train.ranks.graphs import Graphs
 from train.ranks.rendezvous import fresh_store
 from train.ranks.working_copy import WorkingCopy, copies_of
-from train.recipes import Compile, Parallel, Train
+from train.recipes import Parallel, Train
 
 
 @dataclass(frozen=True)
@@ -134,17 +135,17 @@ def compute_dtype(settings: Train, device: torch.device) -> torch.dtype:
 # --- from modules to what is trained ---------------------------------------------------------------------------------
 
 
-def shard(module: nn.Module, world: World, settings: Parallel, train: Train, compiling: Compile) -> None:
+def shard(module: nn.Module, world: World, settings: Parallel, train: Train, graphs: Graphs | None = None) -> None:
     """Checkpoint, compile and shard a denoiser block by block, or shard any other trained module as one, in place.
 
     One process keeps a working copy instead of shards, where it does not train in float32 alone.
 
-    On the meta device: weights are filled afterwards (`fill`). Names of parameters do not change.
+    On the meta device: weights are filled afterwards (`fill`). Names of parameters do not change. Blocks are compiled
+    into `graphs`, where there are any.
     """
-    compiled = compiles(compiling, world.device)
     if isinstance(module, PRXTransformer):
         for block in module.blocks:
-            _wrap_forward(block, checkpointed=settings.checkpointing, compiled=compiled)
+            _wrap_forward(block, settings.checkpointing, graphs)
     dtype = compute_dtype(train, world.device)
     if world.mesh is None:
         if dtype != torch.float32:
@@ -169,22 +170,10 @@ def shard_projectors(teachers: Iterable[Teacher], world: World, settings: Parall
     """Shard what is trained of teachers, over the same mesh as the denoiser but outside of it."""
     for teacher in teachers:
         if isinstance(teacher, REPA):
-            shard(teacher.projector, world, settings, train, Compile("no"))
+            shard(teacher.projector, world, settings, train)
 
 
-def compile_teachers(teachers: Iterable[Teacher], settings: Compile, device: torch.device) -> None:
-    """Compile the frozen networks in place, where blocks are compiled."""
-    if compiles(settings, device):
-        for teacher in teachers:
-            teacher.compile_network()
-
-
-def compiles(settings: Compile, device: torch.device) -> bool:
-    """Whether to compile on this device."""
-    return settings.enabled == "yes" or (settings.enabled == "auto" and device.type == "cuda")
-
-
-def _wrap_forward(block: nn.Module, *, checkpointed: bool, compiled: bool) -> None:
+def _wrap_forward(block: nn.Module, checkpointed: bool, graphs: Graphs | None) -> None:
     """Replace a block's forward; FSDP's hooks run around it, outside the graph."""
     forward: Callable[..., Any] = block.forward
     if checkpointed:
@@ -193,9 +182,9 @@ def _wrap_forward(block: nn.Module, *, checkpointed: bool, compiled: bool) -> No
         def forward(*arguments: Any) -> Any:
             return checkpoint(plain, *arguments, use_reentrant=False)
 
-    if compiled:
-        forward = torch.compile(forward, fullgraph=True)
-    if checkpointed or compiled:
+    if graphs is not None:
+        forward = graphs.compile(forward)
+    if checkpointed or graphs is not None:
         block.forward = forward
 
 
