@@ -321,15 +321,25 @@ def newton_schulz(make: Inputs, n: int, m: int, k: int, count: int) -> list[Tens
 @case(((FP32, FP32), (FP32, BF16), (BF16, FP32), (FP64, FP64)), SHAPES)
 def muon(make: Inputs, n: int, m: int, k: int, count: int) -> list[Tensor]:
     """One step; the weights behind it. `other` is the dtype of the momentum."""
-    shapes = [(n, m)] * count + [(k, n)] * count + [(n,)]
+    return _muon_step(make, [(n, m)] * count + [(k, n)] * count + [(n,)])
+
+
+@case(((FP32, FP32), (FP64, FP64)), {name: SHAPES[name] for name in (*SMALL, "recipe, one owner")})
+def muon_for_a_graph(make: Inputs, n: int, m: int, k: int, count: int) -> list[Tensor]:
+    """As a CUDA graph captures it, the rate on the device; query and key in one weight, and no Nesterov."""
+    shapes = [(2 * n, m)] * count + [(n,)]
+    return _muon_step(make, shapes, capturable=True, split_sizes=(n, n), nesterov=False)
+
+
+def _muon_step(make: Inputs, shapes: list[tuple[int, ...]], split_sizes: Any = None, **settings: Any) -> list[Tensor]:
     params = [nn.Parameter(make(*shape, grad=False).clone()) for shape in shapes]
     for param in params:
         param.grad = make(*param.shape, dtype=param.dtype, grad=False)
-    groups = [{"params": params[:-1]}, {"params": params[-1:], "use_muon": False}]
-    groups = [group for group in groups if group["params"]]
+    # torch has no fake of its fused AdamW with a rate on the device.
+    groups: list[dict[str, Any]] = [{"params": params[-1:], "use_muon": False, "capturable": False}]
+    if params[:-1]:
+        groups.append({"params": params[:-1], "split_sizes": split_sizes})
     wide = torch.float64 if make.exact else None
-    optimizer = kernels.Muon(
-        groups, lr=0.02, weight_decay=0.1, ns_dtype=wide or torch.float16, momentum_dtype=wide or make.other
-    )
-    optimizer.step()
+    dtypes = {"ns_dtype": wide or torch.float16, "momentum_dtype": wide or make.other}
+    kernels.Muon(groups, lr=0.02, weight_decay=0.1, **dtypes, **settings).step()
     return [param.detach() for param in params]
