@@ -71,6 +71,8 @@ class Features:
 
     def __init__(self, network: Any) -> None:
         self.network = network
+        # timm then checks no size of a picture: its message would hold the size, and so a graph no other one.
+        network.patch_embed.img_size = None
         if getattr(network, "rope", None) is not None and not getattr(network, "rope_mixed", False):
             network.rope = RotaryTables(network.rope)
 
@@ -95,8 +97,8 @@ def rotary_table(network: Any, height: int, width: int) -> tuple[Tensor, ...]:
 
 
 def fix_size(network: Any, height: int, width: int) -> None:
-    """Resample a timm transformer's learned positions once, for pictures of this size; other sizes still go through.
+    """Resample a timm transformer's learned positions once, for pictures of this size alone.
 
-    By timm, from the weights as they are, cast or not: the numbers of a forward on the same device.
+    By timm, from the weights as they are, cast or not: the numbers that a forward on the same device gets.
     """
     network.set_input_size(img_size=(height, width))
