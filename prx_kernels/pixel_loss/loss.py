@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
     return reference.unpatchify(tokens, patch_size, height, width)
 
 
+@overload
 def x_prediction_loss(
     tokens: Tensor,
     image: Tensor,
@@ -53,7 +54,24 @@ def x_prediction_loss(
     *,
     t_min: float = 0.05,
     reduction: Literal["mean", "none"] = "mean",
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def x_prediction_loss(
+    tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, *, t_min: float = 0.05, reduction: Literal["both"]
+) -> tuple[Tensor, Tensor]: ...
+
+
+def x_prediction_loss(
+    tokens: Tensor,
+    image: Tensor,
+    t: Tensor,
+    patch_size: int,
+    *,
+    t_min: float = 0.05,
+    reduction: Literal["mean", "none", "both"] = "mean",
+) -> Tensor | tuple[Tensor, Tensor]:
     """Flow-matching loss of an x0 prediction: `mean((x0_hat - x0)² / max(t, t_min)²)`.
 
     With `t_c = max(t, t_min)` in the velocity of target and prediction the noise drops out (RECIPE.md, "Objective").
@@ -71,10 +89,11 @@ def x_prediction_loss(
         t: (batch,) float32 in [0, 1]; 0 is the clean picture.
         patch_size: p; H and W are multiples of it.
         t_min: lower clamp of t.
-        reduction: "mean" gives a scalar, "none" one loss a sample.
+        reduction: "mean" gives a scalar, "none" one loss a sample. "both" gives the mean and, without a gradient, the
+            losses that it is the mean of: to look at them costs nothing.
 
     Returns:
-        float32 scalar or (batch,); float64 for float64 tokens. Differences and sums are formed in that dtype.
+        float32 scalar, (batch,), or both; float64 for float64 tokens. Differences and sums are formed in that dtype.
 
     A gradient by image or t, where one is asked for, and float64 on a GPU, take the plain PyTorch path. There is none
     to second order otherwise.
@@ -86,15 +105,18 @@ def x_prediction_loss(
     """
     check_no_tangent("x_prediction_loss", tokens, image, t)
     _check_loss(tokens, image, t, patch_size, t_min, reduction)
-    mean = reduction == "mean"
     if torch.is_grad_enabled() and (image.requires_grad or t.requires_grad):
         per_sample = reference.x_prediction_loss(tokens, image, t, patch_size, t_min=t_min)
     elif torch.is_grad_enabled() and tokens.requires_grad:
-        loss: Tensor = _XPredictionLoss.apply(tokens, image, t, patch_size, t_min, mean)
-        return loss
+        mean, per_sample = _XPredictionLoss.apply(tokens, image, t, patch_size, t_min, reduction != "none")
+        results: dict[str, Any] = {"mean": mean, "none": per_sample, "both": (mean, per_sample)}
+        chosen: Tensor | tuple[Tensor, Tensor] = results[reduction]
+        return chosen
     else:
         per_sample = _loss(tokens, image, t, patch_size, t_min)
-    return per_sample.mean() if mean else per_sample
+    if reduction == "none":
+        return per_sample
+    return per_sample.mean() if reduction == "mean" else (per_sample.mean(), per_sample.detach())
 
 
 def _check_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: float, reduction: str) -> None:
@@ -108,8 +130,8 @@ def _check_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min
             f"for an image of shape {tuple(image.shape)} tokens must be {expected} and t ({batch},), "
             f"got {tuple(tokens.shape)} and {tuple(t.shape)}"
         )
-    if reduction not in ("mean", "none"):
-        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+    if reduction not in ("mean", "none", "both"):
+        raise ValueError(f'reduction must be "mean", "none" or "both", got {reduction!r}')
     if not t_min >= 0:
         raise ValueError(f"t_min must not be negative, got {t_min}")
     if not t.is_floating_point():
@@ -133,21 +155,23 @@ class _XPredictionLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: float, mean: bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The mean and the loss of each sample; the gradient is that of the one that `mean` names."""
         elements = tokens.shape[1] * tokens.shape[2] * (tokens.shape[0] if mean else 1)
         unit = 2.0 / max(elements, 1)
         # float16 has no room for numbers of 1/elements: it keeps 2·error/max(t, t_min)², and the backward the rest.
         ctx.unit = unit / 2 if tokens.dtype == torch.float16 else 1.0
         per_sample, gradient = _loss_and_gradient(tokens, image, t, patch_size, t_min, unit / ctx.unit)
         ctx.save_for_backward(gradient)
-        loss: Tensor = per_sample.mean() if mean else per_sample
-        return loss
+        ctx.mean, loss = mean, per_sample.mean()
+        ctx.mark_non_differentiable(per_sample if mean else loss)
+        return loss, per_sample
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, for_mean: Tensor, for_samples: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return scaled_gradient(gradient, grad, ctx.unit), *(None,) * 5
+        return scaled_gradient(gradient, for_mean if ctx.mean else for_samples, ctx.unit), *(None,) * 5
 
 
 def scaled_gradient(gradient: Tensor, factor: Tensor, unit: float) -> Tensor:

@@ -148,8 +148,10 @@ class Learner:
                 noise_seed=self._seed("noise", number), sample_ids=ids, noise_scale=settings.noise_scale,
             )  # fmt: skip
             predicted, features = (out, None) if layer is None else out
-            loss = x_prediction_loss(predicted, image, t, recipe.model.patch_size, t_min=settings.t_min)
-        losses, bins = self._by_t(predicted, image, t)
+            loss, losses = x_prediction_loss(
+                predicted, image, t, recipe.model.patch_size, t_min=settings.t_min, reduction="both"
+            )
+        bins = _by_t(losses, t)
         if not self.teaching.teachers:
             return loss, {}, losses, bins
         inside = route is not None and layer is not None and route[0] <= layer <= route[1]
@@ -159,19 +161,6 @@ class Learner:
         added, parts = self.teaching(batch, predicted, features, keep if inside else None, host_t, self.stopwatch)
         named = {"loss/flow": loss.detach(), **{f"loss/{name}": part for name, part in parts.items()}}
         return loss + added, named, losses, bins
-
-    @torch.no_grad()
-    def _by_t(self, predicted: Tensor, image: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of each sample, and `StepResult.bins`; a product with one-hot rows adds in a fixed order."""
-        settings = self.recipe.flow
-        losses = x_prediction_loss(
-            predicted, image, t, self.recipe.model.patch_size, t_min=settings.t_min, reduction="none"
-        )
-        places = (t * T_BINS).long().clamp(max=T_BINS - 1)
-        rows = (places[:, None] == torch.arange(T_BINS, device=t.device)).to(losses.dtype)
-        # A loss that is not finite would otherwise reach every bin as 0 · NaN.
-        sums = torch.where(rows > 0, losses[:, None], 0.0).sum(dim=0)
-        return losses, torch.stack([sums, rows.sum(dim=0)])
 
     def _sample_t(self, ids: Tensor, seed: Tensor) -> Tensor:
         settings = self.recipe.flow
@@ -191,6 +180,15 @@ class Learner:
 
     def _seed(self, purpose: str, number: int) -> Tensor:
         return self._host_seed(purpose, number).to(self.world.device, non_blocking=True)
+
+
+def _by_t(losses: Tensor, t: Tensor) -> Tensor:
+    """`StepResult.bins` of the losses (batch,) of samples at t; a product with one-hot rows adds in a fixed order."""
+    places = (t * T_BINS).long().clamp(max=T_BINS - 1)
+    rows = (places[:, None] == torch.arange(T_BINS, device=t.device)).to(losses.dtype)
+    # A loss that is not finite would otherwise reach every bin as 0 · NaN.
+    sums = torch.where(rows > 0, losses[:, None], 0.0).sum(dim=0)
+    return torch.stack([sums, rows.sum(dim=0)])
 
 
 def micro_batches(batch: Batch, count: int) -> Iterator[Batch]:

@@ -65,6 +65,20 @@ def test_loss_without_gradient_is_the_same():
         assert not without.requires_grad
 
 
+@pytest.mark.parametrize("needs", [True, False])
+def test_both_gives_the_mean_and_the_losses_that_it_is_the_mean_of(needs):
+    tokens, image = case()
+    tokens = tokens.detach().requires_grad_(needs)
+    mean, samples = x_prediction_loss(tokens, image, T, 4, reduction="both")
+    assert torch.equal(mean, x_prediction_loss(tokens, image, T, 4))
+    assert torch.equal(samples, x_prediction_loss(tokens, image, T, 4, reduction="none"))
+    assert not samples.requires_grad
+    if needs:
+        (got,) = torch.autograd.grad(mean, tokens)
+        (wanted,) = torch.autograd.grad(x_prediction_loss(tokens, image, T, 4), tokens)
+        assert torch.equal(got, wanted)
+
+
 def test_uint8_pictures_are_scaled_to_minus_one_and_one():
     tokens, _ = case()
     image = torch.randint(0, 256, (4, 3, 8, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
