@@ -6,7 +6,7 @@ Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definitio
 from . import reference as reference
 from .muon import Muon, assign_owners
 from .newton_schulz import newton_schulz, newton_schulz_flop, safe_restarts, sym_gemm, zeropower_via_newtonschulz5
-from .noise import philox_normal
+from .noise import philox_normal, philox_uniform
 from .patch_embed import BottleneckPatchEmbed, patch_embed
 from .pixel_loss import patchify, unpatchify, x_prediction_loss
 from .routing import (
@@ -40,6 +40,7 @@ __all__ = [
     "patch_embed",
     "patchify",
     "philox_normal",
+    "philox_uniform",
     "route_blocks",
     "safe_restarts",
     "sample_keep",

@@ -7,7 +7,7 @@ is also what a CPU executes, and the eager baseline of the benchmarks. Nothing h
 from .launch import widened
 from .muon.reference import decayed_update, momentum_update
 from .newton_schulz.reference import cpu_has_bfloat16, multiply, newton_schulz, sym_gemm, unit_norm
-from .noise.reference import philox_normal, philox_uint32, uniform_from_uint32
+from .noise.reference import philox_normal, philox_uint32, philox_uniform, uniform_from_uint32
 from .patch_embed.reference import noisy_image, patch_image_gradient, patch_project, patch_weight_gradient
 from .pixel_loss.reference import patchify, scaled, unpatchify, x_prediction_loss, x_prediction_loss_gradient
 from .routing.reference import (
@@ -45,6 +45,7 @@ __all__ = [
     "patchify",
     "philox_normal",
     "philox_uint32",
+    "philox_uniform",
     "sample_keep",
     "scaled",
     "scatter_tokens",

@@ -7,8 +7,7 @@ device and at every world size.
 import torch
 from torch import Tensor
 
-from prx_kernels import philox_normal
-from prx_kernels.reference import philox_uint32, uniform_from_uint32
+from prx_kernels import philox_normal, philox_uniform
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -41,7 +40,7 @@ def sample_t(
     first_valid = (shifted >= t_floor).to(torch.int8).argmax(dim=1, keepdim=True)
     shifted = shifted.gather(1, first_valid)[:, 0].clamp(min=t_floor)
     # Words 8 and 9 follow the eight that the normals have used.
-    choice, level = uniform_from_uint32(philox_uint32(seed, sample_ids, 10)[:, 8:]).unbind(1)
+    choice, level = philox_uniform(seed, (batch, 10), sample_ids=sample_ids)[:, 8:].unbind(1)
     uniform = t_floor + (1.0 - t_floor) * level
     return torch.where(choice < uniform_fraction, uniform, shifted)
 
@@ -64,4 +63,4 @@ def velocity(x_t: Tensor, x0: Tensor, t: Tensor, *, t_min: float = 0.05) -> Tens
 
 def drop_captions(seed: Tensor, sample_ids: Tensor, probability: float) -> Tensor:
     """Which samples train on the empty prompt: (batch,) bool (https://arxiv.org/abs/2207.12598, section 3.1)."""
-    return uniform_from_uint32(philox_uint32(seed, sample_ids, 1))[:, 0] < probability
+    return philox_uniform(seed, (sample_ids.shape[0], 1), sample_ids=sample_ids)[:, 0] < probability

@@ -1,5 +1,5 @@
-"""Counter-based noise: standard normals from (seed, global sample id, element), the same at any world size."""
+"""Counter-based noise: normals and uniforms from (seed, global sample id, element), the same at any world size."""
 
-from .normal import philox_normal
+from .normal import philox_normal, philox_uniform
 
-__all__ = ["philox_normal"]
+__all__ = ["philox_normal", "philox_uniform"]

@@ -40,6 +40,14 @@ def normals_in_fours(seed, block, low, high):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _uniforms_in_fours(seed, block, low, high):  # type: ignore[no-untyped-def]
+    """`normals_in_fours` for uniforms: of each word itself."""
+    nought = block * 0
+    w0, w1, w2, w3 = tl.philox(seed, block, nought, nought + low, nought + high)
+    return tl.interleave(tl.interleave(_uniform(w0), _uniform(w2)), tl.interleave(_uniform(w1), _uniform(w3)))
+
+
+@jit
 def normals_one_by_one(seed, element, low, high):  # type: ignore[no-untyped-def]
     """For elements in no order: each pays for a Philox block and one pair of normals."""
     nought = element * 0
@@ -95,33 +103,37 @@ def _flip(x, turn):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _normal_kernel(  # type: ignore[no-untyped-def]
-    out_ptr, ids_ptr, seed_ptr, count, ALIGN: tl.constexpr, BLOCK: tl.constexpr
+def _draw_kernel(  # type: ignore[no-untyped-def]
+    out_ptr, ids_ptr, seed_ptr, count, UNIFORM: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Program (c, s) writes the c-th 4·BLOCK elements of sample s."""
     count = hint(count, ALIGN)
     sample = tl.program_id(1).to(tl.int64)
     low, high = philox_counter(tl.load(ids_ptr + sample))
     block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    values = normals_in_fours(tl.load(seed_ptr), block[None, :], low, high)
+    if UNIFORM:
+        values = _uniforms_in_fours(tl.load(seed_ptr), block[None, :], low, high)
+    else:
+        values = normals_in_fours(tl.load(seed_ptr), block[None, :], low, high)
     element = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)[None, :]
     tl.store(out_ptr + sample * count + element, values, mask=element < count)
 
 
 # Keyed on elements a sample. Provisional: not yet tuned on a GPU.
-NORMAL: Table = {0: ((256, Config((("BLOCK", 64),), num_warps=1)), (2**34, Config((("BLOCK", 512),), num_warps=4)))}
+DRAW: Table = {0: ((256, Config((("BLOCK", 64),), num_warps=1)), (2**34, Config((("BLOCK", 512),), num_warps=4)))}
 
 
-def normal(sample_ids: Tensor, seed: Tensor, count: int) -> Tensor:
-    """(batch, count) float32 normals; see `reference.philox_normal`."""
+def draw(sample_ids: Tensor, seed: Tensor, count: int, *, uniform: bool) -> Tensor:
+    """(batch, count) float32 normals or uniforms; see `reference.philox_normal` and `reference.philox_uniform`."""
     out = torch.empty((sample_ids.shape[0], count), dtype=torch.float32, device=sample_ids.device)
     if out.numel():
-        config = tuned(NORMAL, count, out.device)
+        config = tuned(DRAW, count, out.device)
         with on_device(out):
             for first in range(0, out.shape[0], MAX_GRID_Y):
                 rows = out[first : first + MAX_GRID_Y]
                 grid = (-(-count // (4 * config.options["BLOCK"])), rows.shape[0])
-                _normal_kernel[grid](
-                    rows, sample_ids[first:].contiguous(), seed, count, ALIGN=alignment(count), **config.options
-                )
+                _draw_kernel[grid](
+                    rows, sample_ids[first:].contiguous(), seed, count,
+                    UNIFORM=uniform, ALIGN=alignment(count), **config.options,
+                )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""Standard normals from (seed, global sample id, element), the same on every device and at any world size."""
+"""Normals and uniforms from (seed, global sample id, element), the same on every device and at any world size."""
 
 from __future__ import annotations
 
@@ -28,6 +28,23 @@ def philox_normal(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | 
         ValueError: `sample_ids` does not have `shape[0]` entries, seed not one, or shape no batch.
         TypeError: seed is no tensor of integers, or sample_ids are none.
     """
+    seed, sample_ids = _checked(seed, shape, sample_ids)
+    normals: Tensor = _normal(seed, sample_ids, math.prod(shape[1:]))
+    return normals.reshape(shape)
+
+
+def philox_uniform(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | None = None) -> Tensor:
+    """Draw uniforms in (0, 1), ends excluded: `((x >> 9) + 1/2) / 2^23` of the integers x of Philox 4x32-10.
+
+    Bitwise the same on every device. Arguments, result and errors are those of `philox_normal`.
+    """
+    seed, sample_ids = _checked(seed, shape, sample_ids)
+    uniforms: Tensor = _uniform(seed, sample_ids, math.prod(shape[1:]))
+    return uniforms.reshape(shape)
+
+
+def _checked(seed: Tensor, shape: tuple[int, ...], sample_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Seed and sample ids as the ops take them: int64, on one device."""
     for name, given in (("seed", seed), ("sample_ids", sample_ids)):
         if given is not None and (not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex()):
             kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
@@ -42,14 +59,12 @@ def philox_normal(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | 
         )
     if seed.numel() != 1:
         raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
-    seed = seed.to(device=sample_ids.device, dtype=torch.int64)
-    normals: Tensor = _normal(seed, sample_ids.to(torch.int64), math.prod(shape[1:]))
-    return normals.reshape(shape)
+    return seed.to(device=sample_ids.device, dtype=torch.int64), sample_ids.to(torch.int64)
 
 
 @custom_op("philox_normal")
 def _normal(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
-    return kernels.normal(sample_ids, seed, count)
+    return kernels.draw(sample_ids, seed, count, uniform=False)
 
 
 @_normal.register_kernel("cpu")
@@ -58,5 +73,20 @@ def _(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
 
 
 @_normal.register_fake
+def _(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
+    return sample_ids.new_empty((sample_ids.shape[0], count), dtype=torch.float32)
+
+
+@custom_op("philox_uniform")
+def _uniform(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
+    return kernels.draw(sample_ids, seed, count, uniform=True)
+
+
+@_uniform.register_kernel("cpu")
+def _(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
+    return reference.philox_uniform(seed, (sample_ids.shape[0], count), sample_ids=sample_ids)
+
+
+@_uniform.register_fake
 def _(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
     return sample_ids.new_empty((sample_ids.shape[0], count), dtype=torch.float32)

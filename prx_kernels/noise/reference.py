@@ -50,6 +50,13 @@ def uniform_from_uint32(integers: Tensor) -> Tensor:
     return ((integers >> 9).to(torch.float32) + 0.5) * 2.0**-23
 
 
+def philox_uniform(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | None = None) -> Tensor:
+    """Uniforms in (0, 1) from (seed, global sample id, element): `uniform_from_uint32` of `philox_uint32`."""
+    if sample_ids is None:
+        sample_ids = torch.arange(shape[0], dtype=torch.int64, device=seed.device)
+    return uniform_from_uint32(philox_uint32(seed, sample_ids, math.prod(shape[1:]))).reshape(shape)
+
+
 def philox_normal(seed: Tensor, shape: tuple[int, ...], *, sample_ids: Tensor | None = None) -> Tensor:
     """Standard normals from (seed, global sample id, element), by Box-Muller on `philox_uint32`.
 

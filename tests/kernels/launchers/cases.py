@@ -258,6 +258,14 @@ def philox_normal(make: Inputs, batch: int, count: int) -> Tensor:
     return kernels.philox_normal(make.seed(), (batch, count), sample_ids=make.ids(batch))
 
 
+@case(
+    ((INT64, INT64),),
+    {"aligned": (2, 64), "ragged": (3, 33), "empty": (0, 64), "recipe-512": (32, 10), "many": (70_000, 3)},
+)
+def philox_uniform(make: Inputs, batch: int, count: int) -> Tensor:
+    return kernels.philox_uniform(make.seed(), (batch, count), sample_ids=make.ids(batch))
+
+
 # --- Muon --------------------------------------------------------------------------------------------------------
 
 # (batch, n, k)

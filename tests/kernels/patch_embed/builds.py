@@ -80,6 +80,9 @@ def streams(arch: int) -> Iterator[tuple[str, Build]]:
     kernel, config = kernels.sum_parts_kernel, launch.SUM_PARTS[0][0][1]
     types = signature(kernel, parts_ptr="*fp32")
     yield "sum_parts", build(kernel, types, {"BIAS": False, "ALIGN": 16}, config, arch)
-    kernel = noise_kernels._normal_kernel
-    for _, config in noise_kernels.NORMAL[0]:
-        yield f"normal {config.tile}", build(kernel, signature(kernel, "*fp32"), {"ALIGN": 16}, config, arch)
+    kernel = noise_kernels._draw_kernel
+    for _, config in noise_kernels.DRAW[0]:
+        for uniform in (False, True):
+            constants = {"UNIFORM": uniform, "ALIGN": 16}
+            made = build(kernel, signature(kernel, "*fp32"), constants, config, arch)
+            yield f"{'uniform' if uniform else 'normal'} {config.tile}", made

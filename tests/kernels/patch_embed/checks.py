@@ -138,6 +138,9 @@ def check_noise(device: str) -> None:
     """Normals to 1e-6, which integers that differ in any bit would not give, for any 64 bits of seed and id."""
     ids = torch.tensor([0, 1, -1, 2**32, 2**63 - 1, -(2**63)])
     for seed, count in ((0, 1), (-1, 7), (2**40 + 17, 5003), (-(2**63), 1024)):
-        drawn = noise_kernels.normal(ids.to(device), torch.tensor([seed], device=device), count)
+        on_device = (ids.to(device), torch.tensor([seed], device=device), count)
+        drawn = noise_kernels.draw(*on_device, uniform=False)
         expected = reference.philox_normal(torch.tensor([seed]), (len(ids), count), sample_ids=ids)
         torch.testing.assert_close(drawn.cpu(), expected, rtol=0, atol=1e-6)
+        expected = reference.philox_uniform(torch.tensor([seed]), (len(ids), count), sample_ids=ids)
+        assert torch.equal(noise_kernels.draw(*on_device, uniform=True).cpu(), expected)
