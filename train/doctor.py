@@ -188,9 +188,9 @@ def _byte_tokens(size: int) -> int:
 def _t5_tokens(captions: Sequence[str], recipe: Recipe) -> list[int] | None:
     """Tokens of each caption by the encoder's tokenizer, where it lies on this machine; nothing is downloaded."""
     try:
-        from transformers import AutoTokenizer
+        from prx_model.text import load_tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(recipe.text.name, local_files_only=True)
+        tokenizer = load_tokenizer(recipe.text.name, revision=recipe.text.revision or None, local_files_only=True)
     except Exception:  # missing, gated or damaged in one of the library's many ways: then lengths stay in bytes
         return None
     return [len(ids) for first in range(0, len(captions), 1024) for ids in tokenizer(captions[first : first + 1024])["input_ids"]]  # fmt: skip  # noqa: E501

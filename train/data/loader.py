@@ -279,5 +279,5 @@ def _picture_sizes(index: ImageIndex, columns: tuple[str, str], cache: Path | No
         with temporary.open("wb") as file:
             np.save(file, index.sizes(*columns))
         os.replace(temporary, kept)
-    sizes: NDArray[np.int32] = np.load(kept)
+    sizes: NDArray[np.int32] = np.load(kept, allow_pickle=False)
     return sizes

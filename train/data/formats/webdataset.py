@@ -189,7 +189,7 @@ class TarIndex:
         try:
             kept = _cache_file(cache, file, self._storage, self._image) if cache else None
             if kept is not None and kept.exists():
-                with np.load(kept) as loaded:
+                with np.load(kept, allow_pickle=False) as loaded:
                     return loaded["spans"], str(loaded["problem"])
             spans, problem = _scan_shard(file, self._storage, self._image)
         except MissingFile as error:
