@@ -29,7 +29,7 @@ LOCAL_OFFSETS, LOCAL_BIAS = (-1, -2, 1, 2, -3, 3, 0, -1), 8.0
 # Shapes in which frozen captions are encoded: so many at a time, padded to a multiple of so many tokens. Part of what
 # embeddings are, bit for bit: other shapes round otherwise.
 GROUP, LENGTH_STEP = 4, 32
-# What transformers takes where nothing is said. Said, since a folder's config.json may name a kernel on the hub instead.
+# What transformers takes where nothing is said. Said, since a folder's config.json may name a kernel on the hub.
 ATTENTION = "eager"
 
 
