@@ -141,7 +141,8 @@ class Trainer:
         self.meter = Meter(recipe, self.world, learner.parameters, flop, buckets=counts, spent=self.spent)
         if flop:
             metrics.log(self.step, {f"flop/{name}_per_image": count for name, count in flop.items()})
-        skips = faults.SkippedSteps(recipe.train.max_skipped, self.world)
+        # A run of which every step is skipped has learnt nothing, however short it is.
+        skips = faults.SkippedSteps(min(recipe.train.max_skipped, recipe.train.steps), self.world)
         self.saved = self.step
         for batch, waited in self._batches():
             self.quarantine.add(batch)
@@ -150,15 +151,16 @@ class Trainer:
             trace = self.profiler.end(self.step)
             if trace is not None:
                 display.say(f"profile: {trace}")
-            skips.remember(self.step, batch, result.losses)
+            skips.remember(self.step, batch, result.losses, learner.skipped[1])
             self.step += 1
             self.meter.add(result, waited)
             self.watchdog.beat()
             if self.step % _LOG_EVERY == 0 or self.step == recipe.train.steps:
-                self._log(metrics, display, skips)
+                self._log(metrics, display)
+            # Before a save: what it names is told first.
+            skips.check(self.signals.check(skips.arrived()))
             if self.step % recipe.checkpoint.every == 0 or self.step == recipe.train.steps:
                 self._save(wait=self.step == recipe.train.steps)
-            self.signals.check()
             if self.step % recipe.evaluation.every == 0 and self.step < recipe.train.steps:
                 self._evaluate(metrics, display, final=False)
                 self.meter.restart()
@@ -174,19 +176,17 @@ class Trainer:
                 return
             yield batch, time.monotonic() - began
 
-    def _log(self, metrics: Metrics, display: Display, skips: faults.SkippedSteps) -> None:
+    def _log(self, metrics: Metrics, display: Display) -> None:
         """Read the loss and everything else that waits for the device."""
         values = self.meter.read() | self.learner.stopwatch.read(_LOG_EVERY)
-        skipped, in_a_row = self.learner.skipped.tolist()
         values["train/lr_factor"] = learning_rate_factor(self.step - 1, self.recipe.train)
-        values["train/skipped_steps"] = skipped
+        values["train/skipped_steps"] = int(self.learner.skipped[0])
         rate = values["speed/images_per_second"]
         values["time/hours_left"] = (self.recipe.train.steps - self.step) * self.recipe.train.batch / rate / 3600
         substituted, seen = agree([self.quarantine.substituted, self.quarantine.seen], self.world, dist.ReduceOp.SUM)
         values["data/substituted"] = substituted
         metrics.log(self.step, values)
         display.update(self.step, self.meter.shown(values))
-        skips.check(in_a_row, self.dataset)
         self.quarantine.check(substituted, seen)
 
     def _evaluate(self, metrics: Metrics, display: Display, *, final: bool) -> tuple[dict[str, float], Path | None]:
