@@ -27,8 +27,8 @@ FLOORS = {
         ("sampler",),
     ),
     "train": (
-        ("errors", "randomness", "data.settings"),
-        ("recipes",),
+        ("randomness", "shown", "data.settings"),
+        ("errors", "recipes"),
         ("commandline", "run.folder", "run.lock", "run.stopwatch", "evaluation.pictures"),
         ("ranks",),
         ("data",),

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from train import shown  # noqa: E402
 from train.commandline import parse  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 from train.recipes import Recipe, TwoStages  # noqa: E402
@@ -258,7 +259,7 @@ def main() -> int:
     settings |= {"window": asked.window, "variants": [asdict(one) for one in variants]}
     each = [{**asdict(run), "last": _number(run.last)} for run in runs]
     found = {**settings, "runs": each, "rows": [plain(row) for row in rows]}
-    (asked.out / "ablation.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+    (asked.out / "ablation.json").write_text(json.dumps(shown.settings(found), indent=2, allow_nan=False) + "\n")
     (asked.out / "ablation.md").write_text(printed + "\n")
     print(f"\n{printed}")
     return 0

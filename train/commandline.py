@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from train.errors import UserError, nearest
 from train.recipes import PRESETS, Recipe, TwoStages
+from train.shown import address
 
 Options = TypeVar("Options")
 
@@ -79,7 +80,7 @@ def precompute_command(recipe: Recipe) -> str:
                     continue
                 listed = value if isinstance(value, tuple) else (value,)
                 words += [f"--{section}.{name}", *map(str, listed)]
-    return shlex.join(words)
+    return address(shlex.join(words))
 
 
 def field_names(settings: Any, prefix: str = "") -> Iterator[str]:

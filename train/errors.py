@@ -7,6 +7,8 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 
+from train.shown import tell
+
 EXIT_BAD_INPUT = 2
 
 
@@ -25,6 +27,6 @@ def exit_with_sentence(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(code or 0)

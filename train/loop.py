@@ -26,6 +26,7 @@ from train.run.meter import Meter
 from train.run.metrics import Display, Metrics, drop_metrics_after
 from train.run.profiling import Profiler
 from train.run.stages import carry_over
+from train.shown import address, tell
 
 _LOG_EVERY = 10
 """Steps between two readings of the loss: the host waits for the device only then."""
@@ -67,7 +68,7 @@ class Trainer:
         self.validation = open_validation(recipe.data, recipe.model.patch_size)
         for note in notes(self.dataset, recipe.train.batch):
             if world.is_main:
-                print(f"note: {note}", flush=True)
+                tell(f"note: {note}")
         self.distances = self._open_distances()
         self.profiler = Profiler(recipe.profile, self.folder, world)
         self.checkpointer = Checkpointer(self.folder, keep=recipe.checkpoint.keep, timeout=patience(recipe.parallel))
@@ -92,7 +93,7 @@ class Trainer:
         if self.validation is None:
             raise UserError(
                 f"evaluation.fid, cmmd and dino_mmd compare with validation pictures, and the data at "
-                f"{self.recipe.data.path} have no split 'val'; add one or leave them off"
+                f"{address(self.recipe.data.path)} have no split 'val'; add one or leave them off"
             )
         if min(len(self.validation), settings.samples) < 2:
             raise UserError(
@@ -264,7 +265,7 @@ class Trainer:
         self.learner.skipped.copy_(torch.tensor(found.state["skipped"]))
         self.first_position, self.spent = int(found.state["first_position"]), float(found.state["seconds"])
         if self.world.is_main:
-            print(f"going on with {self.folder} at step {found.step}", flush=True)
+            tell(f"going on with {self.folder} at step {found.step}")
         return found.step
 
     def _insist(self, check: Callable[[], None]) -> None:
@@ -275,4 +276,4 @@ class Trainer:
             if not self.force:
                 raise
             if self.world.is_main:
-                print(f"warning: {error}; going on, as --force says", flush=True)
+                tell(f"warning: {error}; going on, as --force says")

@@ -23,6 +23,7 @@ from train.checkpoint.files import Entry, Stored, complete
 from train.errors import UserError
 from train.ranks.agreement import Group, gather, on_first
 from train.run.lock import RunLock
+from train.shown import tell
 
 __all__ = ["Checkpointer", "Found", "Saved", "Tensors", "complete", "find_newest", "load", "load_into", "misfits"]
 
@@ -171,7 +172,7 @@ class Checkpointer:
             self._error = _reason(error)
             if self.rank == 0:
                 writer.discard()
-                print(f"warning: {self._failed(self._error[0])}", flush=True)
+                tell(f"warning: {self._failed(self._error[0])}")
 
     def _settle(self, *, last: bool) -> None:
         """Wait for the save under way, and judge it with all ranks."""
@@ -222,7 +223,7 @@ def find_newest(run: Path, group: Group = None) -> Found | None:
             return found
         problems.append(found)
         if group is None or dist.get_rank(group) == 0:
-            print(f"warning: {found}; going back to the checkpoint before it", flush=True)
+            tell(f"warning: {found}; going back to the checkpoint before it")
     if problems:
         raise UserError(f"{run} has no whole checkpoint: {'; '.join(problems)}; start anew with --output.name")
     return None

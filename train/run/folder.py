@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from train import shown
 from train.errors import UserError
 from train.recipes import Recipe
 
@@ -48,9 +49,9 @@ def run_folder(recipe: Recipe) -> Path:
 
 
 def write_config(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe as config.json."""
+    """Write the recipe as config.json, without what addresses hold of secrets: checkpoints are shared."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(shown.settings(asdict(recipe)), indent=2) + "\n")
 
 
 def read_config(folder: Path) -> Recipe:
@@ -76,14 +77,14 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
     Raises:
         UserError: naming the fields that differ, model, data and seed first.
     """
-    before, now = dict(_flat(asdict(read_config(folder)))), dict(_flat(asdict(recipe)))
+    before, now = (dict(_flat(shown.settings(asdict(each)))) for each in (read_config(folder), recipe))
     names = [n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and not n.startswith(_FREE)]
     if names:
         names.sort(key=lambda name: (not name.startswith(_FIRST), name))
         changed = [f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in names]
-        shown = ", ".join(changed[:_SHOWN]) + (f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
+        listed = ", ".join(changed[:_SHOWN]) + (f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
         raise UserError(
-            f"{folder} holds a run with other settings ({shown}); give this one its own --output.name, "
+            f"{folder} holds a run with other settings ({listed}); give this one its own --output.name, "
             "start the old command again to go on, or add --force to go on all the same"
         )
 
@@ -102,8 +103,8 @@ def check_same_data(folder: Path, path: str, before: str | None, now: str) -> No
     """
     if before != now:
         raise UserError(
-            f"the data at {path} (fingerprint {now}) are not those that {folder} was trained on ({before}); give the "
-            "old data, start a new run with --output.name, or add --force to go on all the same"
+            f"the data at {shown.address(path)} (fingerprint {now}) are not those that {folder} was trained on "
+            f"({before}); give the old data, start a new run with --output.name, or add --force to go on all the same"
         )
 
 

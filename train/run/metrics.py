@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from train.run.folder import METRICS
+from train.shown import address, printable
 
 _PLAIN_SECONDS = 10.0
 """Between two lines where the console is no terminal."""
@@ -118,4 +119,4 @@ class Display:
     def say(self, message: str) -> None:
         """Print a line above the progress display."""
         if self.enabled:
-            self.console.print(message, markup=False, soft_wrap=True)
+            self.console.print(printable(address(message)), markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from train.data.formats.storage import MissingFile, Storage, is_url, without_query
+from train.data.formats.storage import MissingFile, Storage, is_url
 from train.data.rows import (
     SPLIT_COLUMN,
     BadSample,
@@ -28,6 +28,7 @@ from train.data.rows import (
 )
 from train.data.sizes import side_by_side, size_of_file, upright_size
 from train.errors import UserError
+from train.shown import address
 
 _KEEP_BYTES = 1 << 30
 """Row groups that a process has read stay in memory up to this size; those not used for longest go first."""
@@ -61,7 +62,7 @@ class ParquetIndex:
             try:
                 opened = _open_parquet(file, storage)
                 # A file that was itself given as the path is meant, whatever it is called.
-                default = "train" if len(files) == 1 and str(path) == without_query(file) and split == "train" else None
+                default = "train" if len(files) == 1 and str(path) == address(file) and split == "train" else None
                 mask = _rows_of_split(file, opened, split, default or split_in_path(Path(name)) or "train")
             except BadSample as error:
                 problems.append(f"{error}; it is left out")
@@ -235,7 +236,7 @@ class _GroupReader:
             return opened.read_row_group(group, columns=names, use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise BadSample(
-                f"{without_query(file)}: row group {group} cannot be read ({short(error)}); copy it again"
+                f"{address(file)}: row group {group} cannot be read ({short(error)}); copy it again"
             ) from error
 
 
@@ -248,18 +249,18 @@ def _open_parquet(file: Path | str, storage: Storage) -> pq.ParquetFile:
     except (pa.ArrowException, OSError) as error:
         empty = not is_url(file) and Path(file).exists() and not storage.size(file)
         what = "is empty (0 bytes)" if empty else "is no readable parquet file"
-        raise BadSample(f"{without_query(file)} {what} ({short(error)}); copy it again or remove it") from error
+        raise BadSample(f"{address(file)} {what} ({short(error)}); copy it again or remove it") from error
 
 
 def _check_columns(file: Path | str, schema: pa.Schema, image_column: str, caption_columns: Sequence[str]) -> None:
     for name, setting in ((image_column, "image_column"), *((name, "caption_columns") for name in caption_columns)):
         if name not in schema.names:
-            raise no_column(file, name, setting, schema.names)
+            raise no_column(address(file), name, setting, schema.names)
         kind = schema.field(name).type
         if setting == "image_column" and not _is_picture(kind):
-            raise UserError(f"{file}: column {name!r} (image_column) holds {kind}, not encoded picture bytes")
+            raise UserError(f"{address(file)}: column {name!r} (image_column) holds {kind}, not encoded picture bytes")
         if setting == "caption_columns" and not _is_text(kind):
-            raise UserError(f"{file}: column {name!r} (caption_columns) holds {kind}, not text")
+            raise UserError(f"{address(file)}: column {name!r} (caption_columns) holds {kind}, not text")
 
 
 def _rows_of_split(file: Path | str, opened: pq.ParquetFile, split: str, default: str) -> NDArray[np.bool_]:
@@ -270,9 +271,7 @@ def _rows_of_split(file: Path | str, opened: pq.ParquetFile, split: str, default
     try:
         column = opened.read(columns=[SPLIT_COLUMN], use_threads=False).column(0)
     except (pa.ArrowException, OSError) as error:
-        raise BadSample(
-            f"{without_query(file)}: column 'split' cannot be read ({short(error)}); copy it again"
-        ) from error
+        raise BadSample(f"{address(file)}: column 'split' cannot be read ({short(error)}); copy it again") from error
     encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
     values = [*encoded.dictionary.to_pylist(), None]
     wanted: NDArray[np.bool_] = np.array([row_split(value, default) == split for value in values])

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.formats.storage import MissingFile, Storage, is_url, without_query
+from train.data.formats.storage import MissingFile, Storage, is_url
 from train.data.rows import (
     BadSample,
     RawRow,
@@ -35,6 +35,7 @@ from train.data.rows import (
 )
 from train.data.sizes import upright_size
 from train.errors import UserError
+from train.shown import address
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "jfif")
 """Last parts of the endings that pictures have."""
@@ -78,7 +79,7 @@ class TarIndex:
         """
         self.path, self._image, self._storage = path, image_column, storage
         named = {name: file for name, file in files.items() if split_in_path(Path(name))}
-        alone = len(files) == 1 and str(path) == without_query(next(iter(files.values()))) and split == "train"
+        alone = len(files) == 1 and str(path) == address(next(iter(files.values()))) and split == "train"
         wanted = {n: f for n, f in (named or files).items() if alone or (split_in_path(Path(n)) or "train") == split}
         if not wanted:
             raise no_split(path, split, (named or files).keys())
@@ -101,7 +102,7 @@ class TarIndex:
         self.columns = tuple(columns)
         for name in captions:
             if name not in columns:
-                raise no_column(without_query(self._files[0]), name, "caption_columns", columns)
+                raise no_column(address(self._files[0]), name, "caption_columns", columns)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -210,7 +211,7 @@ def _scan_shard(file: Path | str, storage: Storage, image_column: str) -> tuple[
                     spans.append((sample.start, sample.end - sample.start))
         except _DamagedTar as error:
             what = f"its first {len(spans)} samples are read" if spans else "it is left out"
-            problem = f"{without_query(file)} {error}; {what}"
+            problem = f"{address(file)} {error}; {what}"
     return np.array(spans, dtype=np.int64).reshape(-1, 2), problem
 
 
@@ -296,7 +297,7 @@ def _at(file: BinaryIO, start: int, length: int) -> bytes:
 def _cache_file(folder: Path, file: Path | str, storage: Storage, image_column: str) -> Path:
     """Where the places of a shard's samples are kept: its name tells address, size and time of writing."""
     written = "" if is_url(file) else str(Path(file).stat().st_mtime_ns)
-    place = without_query(file) if is_url(file) else str(Path(file).resolve())
+    place = address(file) if is_url(file) else str(Path(file).resolve())
     name = json.dumps([place, storage.size(file), written, image_column])
     return folder / f"tar-{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
 
