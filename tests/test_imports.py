@@ -27,7 +27,7 @@ FLOORS = {
         ("sampler",),
     ),
     "train": (
-        ("randomness", "shown", "data.settings"),
+        ("randomness", "shown", "side_files", "data.settings"),
         ("errors", "recipes"),
         ("commandline", "run.folder", "run.lock", "run.stopwatch", "evaluation.pictures"),
         ("ranks",),

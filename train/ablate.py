@@ -24,6 +24,7 @@ from train.commandline import parse  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 from train.recipes import Recipe, TwoStages  # noqa: E402
 from train.run.folder import METRICS, run_folder  # noqa: E402
+from train.side_files import parse_json  # noqa: E402
 
 HELD_OUT = "held-out"
 """Dense loss of the averaged weights on pictures never trained on: comparable between all variants."""
@@ -108,8 +109,8 @@ def read(folder: Path, batch: int, metric: str, window: int) -> list[Point]:
     """
     path = folder / METRICS
     try:
-        points = curve(map(json.loads, path.read_text().splitlines()), batch, metric, window)
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        points = curve(map(parse_json, path.read_bytes().splitlines()), batch, metric, window)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"{path} cannot be read as the metrics of a run: {error}") from None
     if not points:
         fix = "set a smaller --window or more --train.steps" if metric == TRAIN else "its data have no split 'val'"

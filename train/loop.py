@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from train.checkpoint.checkpointer import Checkpointer, find_newest, load_into
+from train.checkpoint.state import need
 from train.data.loader import Batch, batches, bucket_counts, fingerprint, notes, open_dataset, open_validation
 from train.data.quarantine import Quarantine
 from train.data.readers import ImageDataset
@@ -21,7 +22,15 @@ from train.learner.step import Learner
 from train.ranks import faults
 from train.ranks.parallel import World, agree, from_main, patience
 from train.recipes import Recipe
-from train.run.folder import CONFIG, SAMPLES, check_same_data, check_same_run, run_folder, write_config
+from train.run.folder import (
+    CONFIG,
+    SAMPLES,
+    DamagedConfigError,
+    check_same_data,
+    check_same_run,
+    run_folder,
+    write_config,
+)
 from train.run.meter import Meter
 from train.run.metrics import Display, Metrics, drop_metrics_after
 from train.run.profiling import Profiler
@@ -63,7 +72,7 @@ class Trainer:
                 f"{recipe.parallel.micro_batches} parallel.micro_batches"
             )
         if (self.folder / CONFIG).exists():
-            self._insist(lambda: check_same_run(self.folder, recipe))
+            self._check_config()
         self.dataset = open_dataset(recipe.data, recipe.train.seed, recipe.model.patch_size)
         self.validation = open_validation(recipe.data, recipe.model.patch_size)
         for note in notes(self.dataset, recipe.train.batch):
@@ -261,19 +270,28 @@ class Trainer:
                 f"{self.folder} has already done {found.step} steps, more than train.steps {recipe.train.steps}; "
                 "start a new run with --output.name"
             )
+        skipped, first_position, seconds = need(found.folder, found.state, "skipped", "first_position", "seconds")
         load_into(found, self.learner.tensors(), self.checkpointer.group)
-        self.learner.skipped.copy_(torch.tensor(found.state["skipped"]))
-        self.first_position, self.spent = int(found.state["first_position"]), float(found.state["seconds"])
+        self.learner.skipped.copy_(torch.tensor(skipped))
+        self.first_position, self.spent = first_position, float(seconds)
         if self.world.is_main:
             tell(f"going on with {self.folder} at step {found.step}")
         return found.step
+
+    def _check_config(self) -> None:
+        """Compare with the run's config.json; one that a crash has cut is written anew: a checkpoint has its own."""
+        try:
+            self._insist(lambda: check_same_run(self.folder, self.recipe))
+        except DamagedConfigError as error:
+            if self.world.is_main:
+                tell(f"warning: {error}; the newest checkpoint's counts, and it is written anew")
 
     def _insist(self, check: Callable[[], None]) -> None:
         """Make a check whose refusal `--force` turns into a warning."""
         try:
             check()
         except UserError as error:
-            if not self.force:
+            if not self.force or isinstance(error, DamagedConfigError):
                 raise
             if self.world.is_main:
                 tell(f"warning: {error}; going on, as --force says")

@@ -309,7 +309,7 @@ def load(folder: Path, *, names: Collection[str] | None = None) -> Saved:
                         part = shard.get_tensor(name)
                         finite.check(folder / file, name, part)
                         tensors[section][name][here].copy_(part)
-    return Saved(int(state["step"]), tensors, state)
+    return Saved(state["step"], tensors, state)
 
 
 def _check(folder: Path, group: Group) -> Found | str:
@@ -339,7 +339,7 @@ def _check(folder: Path, group: Group) -> Found | str:
     except (UserError, OSError, SafetensorError) as error:
         problem = str(error)
     problems = [p for p in gather(problem, group) if p is not None]
-    return problems[0] if problems else Found(folder, int(state["step"]), state, entries)
+    return problems[0] if problems else Found(folder, state["step"], state, entries)
 
 
 def _reason(error: BaseException) -> tuple[str, bool]:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from train import shown
 from train.errors import UserError
 from train.recipes import Recipe
+from train.side_files import parse_json, write_whole
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -43,6 +44,10 @@ _SHOWN = 8
 """Differences that a message lists."""
 
 
+class DamagedConfigError(UserError):
+    """A config.json that is no JSON object: a crash has cut it, or a disk."""
+
+
 def run_folder(recipe: Recipe) -> Path:
     """The folder of a recipe's run."""
     return Path(recipe.output.folder) / (recipe.output.name or recipe.preset)
@@ -51,7 +56,7 @@ def run_folder(recipe: Recipe) -> Path:
 def write_config(folder: Path, recipe: Recipe) -> None:
     """Write the recipe as config.json, without what addresses hold of secrets: checkpoints are shared."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(shown.settings(asdict(recipe)), indent=2) + "\n")
+    write_whole(folder / CONFIG, json.dumps(shown.settings(asdict(recipe)), indent=2) + "\n")
 
 
 def read_config(folder: Path) -> Recipe:
@@ -59,13 +64,18 @@ def read_config(folder: Path) -> Recipe:
 
     Raises:
         UserError: there is none, or it is not a recipe.
+        DamagedConfigError: it is no JSON.
     """
     path = folder / CONFIG
     try:
-        return _build(Recipe, json.loads(path.read_text()))
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{folder} has no {CONFIG}: it is neither a run's folder nor a checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError, KeyError, OSError) as error:
+    except ValueError as error:
+        raise DamagedConfigError(f"{path} is damaged: it is empty, cut or no JSON ({error})") from None
+    try:
+        return _build(Recipe, content)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} is not a recipe of this version ({error}); start a new run with --output.name"
         ) from None

@@ -1,7 +1,6 @@
 """Picture files named by the lines of JSONL files."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from train.data.rows import (
 )
 from train.data.sizes import side_by_side, size_of_file
 from train.errors import UserError
+from train.side_files import parse_json
 
 _FILE_FIELDS = ("file_name", "file", "image", "path")
 _FILES_CHECKED = 100
@@ -107,7 +107,7 @@ class FolderIndex:
 
     def _entry(self, number: int, line: int, start: int, end: int) -> dict[str, Any]:
         try:
-            entry = json.loads(self._text[number][start:end])
+            entry = parse_json(self._text[number][start:end])
         except ValueError as error:
             where = f"{self._files[number]}:{line}"
             raise UserError(f"{where}: this line is no JSON ({short(error)}); mend or remove it") from error

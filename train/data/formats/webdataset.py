@@ -36,6 +36,7 @@ from train.data.rows import (
 from train.data.sizes import upright_size
 from train.errors import UserError
 from train.shown import address
+from train.side_files import parse_json
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "jfif")
 """Last parts of the endings that pictures have."""
@@ -282,7 +283,7 @@ def _cells(sample: _Sample, read: Any) -> dict[str, Any]:
             cells |= {name: text} if name else {"txt": text, "caption": text}
         elif ending == "json":
             try:
-                content = json.loads(read(at, size))
+                content = parse_json(read(at, size))
             except ValueError:
                 content = None
             fields = {n: v for n, v in content.items() if is_plain(v)} if isinstance(content, dict) else {}
