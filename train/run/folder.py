@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from prx_model.ranges import check_ranges
 from train import shown
 from train.errors import UserError
 from train.recipes import Recipe
@@ -74,7 +75,9 @@ def read_config(folder: Path) -> Recipe:
     except ValueError as error:
         raise DamagedConfigError(f"{path} is damaged: it is empty, cut or no JSON ({error})") from None
     try:
-        return _build(Recipe, content)
+        recipe = _build(Recipe, content)
+        check_ranges(recipe)
+        return recipe
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} is not a recipe of this version ({error}); start a new run with --output.name"
