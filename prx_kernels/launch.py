@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch._library.custom_ops import CustomOpDef
 from torch.autograd import forward_ad
 
@@ -119,7 +120,10 @@ def custom_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..
 
 
 def check_no_tangent(name: str, *tensors: Tensor | None) -> None:
-    """Refuse forward-mode derivatives (torch.func.jvp): torch would silently take them to be zero through an op."""
+    """Refuse derivatives that an op has no rule for: forward-mode ones, and those of torch.func.
+
+    The former torch would silently take to be zero, the latter it would refuse in words about its own insides.
+    """
     if forward_ad._current_level >= 0:
         for x in tensors:
             dual: Any = None if x is None else forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
@@ -127,6 +131,23 @@ def check_no_tangent(name: str, *tensors: Tensor | None) -> None:
                 raise NotImplementedError(
                     f"{name} has no forward-mode derivative here; the definitions in prx_kernels.reference have"
                 )
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is None:
+        return
+    if any(x is not None and _is_differentiated(x) for x in tensors):
+        raise NotImplementedError(
+            f"{name} has no derivative under torch.func (grad, vjp, jacrev, vmap of what requires a gradient); call "
+            "backward or torch.autograd.grad, or take the definitions in prx_kernels.reference"
+        )
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    """Whether a transform of torch.func around this tensor, or autograd beneath one, follows its derivatives."""
+    wrapped = False
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_gradtrackingtensor(x):
+            return True
+        x, wrapped = _functorch.get_unwrapped(x), True
+    return wrapped and x.requires_grad and torch.is_grad_enabled()
 
 
 def widened(x: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ No torch here: command lines read these before torch is imported.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from .ranges import Range, check_ranges
 
 
 @dataclass(frozen=True)
@@ -14,37 +16,33 @@ class PRXConfig:
     The defaults are the 1.18 B pixel-space model of PRX Part 3 (RECIPE.md, "Model").
     """
 
-    in_channels: int = 3
-    patch_size: int = 32
-    context_in_dim: int = 2304
+    in_channels: Annotated[int, Range(1, 1_024)] = 3
+    patch_size: Annotated[int, Range(1, 1_024)] = 32
+    context_in_dim: Annotated[int, Range(1, 65_536)] = 2304
     """Width of the text embeddings."""
-    hidden_size: int = 1792
-    mlp_ratio: float = 3.5
-    num_heads: int = 28
-    depth: int = 16
-    axes_dim: tuple[int, int] = (32, 32)
+    hidden_size: Annotated[int, Range(1, 65_536)] = 1792
+    mlp_ratio: Annotated[float, Range(0, 64, above=True)] = 3.5
+    num_heads: Annotated[int, Range(1, 1_024)] = 28
+    depth: Annotated[int, Range(1, 1_024)] = 16
+    axes_dim: Annotated[tuple[int, int], Range(2, 4_096)] = (32, 32)
     """Rotary features of the row and of the column; their sum is the head dimension."""
-    theta: int = 10_000
-    bottleneck_size: int | None = 256
+    theta: Annotated[int, Range(0, 10**9, above=True)] = 10_000
+    bottleneck_size: Annotated[int | None, Range(1, 65_536)] = 256
     """Width between the two linear maps of the patch embedding; None for a single linear map."""
 
     def __post_init__(self) -> None:
-        for name in ("in_channels", "patch_size", "context_in_dim", "hidden_size", "num_heads", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"PRXConfig.{name} must be at least 1, got {getattr(self, name)}")
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
         if self.bottleneck_size is not None and self.bottleneck_size < 1:
             raise ValueError(f"PRXConfig.bottleneck_size must be at least 1 or None, got {self.bottleneck_size}")
+        if len(self.axes_dim) != 2 or any(d < 2 or d % 2 for d in self.axes_dim):
+            raise ValueError(f"PRXConfig.axes_dim must be two even numbers, got {self.axes_dim}")
+        check_ranges(self, "PRXConfig.")
         if self.mlp_size < 1:
             raise ValueError(f"PRXConfig.mlp_ratio must give the MLP at least one feature, got {self.mlp_ratio}")
-        if self.theta <= 0:
-            raise ValueError(f"PRXConfig.theta must be positive, got {self.theta}")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"PRXConfig.hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}"
             )
-        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
-        if len(self.axes_dim) != 2 or any(d < 2 or d % 2 for d in self.axes_dim):
-            raise ValueError(f"PRXConfig.axes_dim must be two even numbers, got {self.axes_dim}")
         if sum(self.axes_dim) != self.head_dim:
             raise ValueError(
                 f"PRXConfig.axes_dim {self.axes_dim} must add up to the head dimension {self.head_dim} "
@@ -117,43 +115,39 @@ class Routing:
     """TREAD token routing: which blocks some of the tokens bypass, in training and in self-guidance."""
 
     enabled: bool = True
-    start: int = 1
+    start: Annotated[int, Range(0, 1_023)] = 1
     """First routed block, 0-based."""
-    end: int = 14
+    end: Annotated[int, Range(0, 1_023)] = 14
     """Last routed block, included."""
-    selection_ratio: float = 0.5
+    selection_ratio: Annotated[float, Range(0, 1, above=True, below=True)] = 0.5
     """Share of tokens that bypass."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end:
             raise ValueError(f"routing.start {self.start} must not be negative or behind routing.end {self.end}")
-        if not 0.0 < self.selection_ratio < 1.0:
-            raise ValueError(f"routing.selection_ratio must lie in (0, 1), got {self.selection_ratio}")
+        check_ranges(self, "routing.")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How pictures are drawn: Euler steps over the flow, with guidance (RECIPE.md, "Objective")."""
 
-    steps: int = 28
-    guidance: float = 3.5
+    steps: Annotated[int, Range(1, 100_000)] = 28
+    guidance: Annotated[float, Range(0, 1_000)] = 3.5
     """1 is no guidance."""
     guidance_kind: Literal["cfg", "self"] = "cfg"
     """cfg: against the empty prompt; self: against the routed pass with the same prompt (TREAD)."""
-    shift: float = 3.0
+    shift: Annotated[float, Range(0, 1_000, above=True)] = 3.0
     """Time shift of the grid, `shift·t / (1 + (shift-1)·t)`."""
-    t_min: float = 0.05
+    t_min: Annotated[float, Range(0, 1, above=True, below=True)] = 0.05
     """Lower clamp of t where x0 is turned into a velocity."""
-    noise_scale: float = 1.0
+    noise_scale: Annotated[float, Range(0, 1_000, above=True)] = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampling.steps must be at least 1, got {self.steps}")
         if not self.guidance >= 0:
             raise ValueError(f"sampling.guidance must not be negative, got {self.guidance}; 1 is no guidance")
         if self.shift <= 0 or self.noise_scale <= 0:
             raise ValueError(f"sampling.shift and noise_scale must be positive, got {self.shift}, {self.noise_scale}")
-        if not 0.0 < self.t_min < 1.0:
-            raise ValueError(f"sampling.t_min must lie in (0, 1), got {self.t_min}")
+        check_ranges(self, "sampling.")
         if self.guidance_kind not in ("cfg", "self"):
             raise ValueError(f'sampling.guidance_kind must be "cfg" or "self", got {self.guidance_kind!r}')

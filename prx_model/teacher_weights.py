@@ -209,7 +209,12 @@ def _read(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except UnpicklingError:  # torch's own words advise to run what the file holds
+        raise ValueError(
+            f"{str(file)!r} is no readable weight file: it is damaged, or holds more than tensors, and what a pickle "
+            "says is never run; save its state dict as safetensors"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise ValueError(f"{str(file)!r} is no readable weight file: {_first_line(error)}") from None
     for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

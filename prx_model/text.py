@@ -8,6 +8,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ LOCAL_OFFSETS, LOCAL_BIAS = (-1, -2, 1, 2, -3, 3, 0, -1), 8.0
 # Shapes in which frozen captions are encoded: so many at a time, padded to a multiple of so many tokens. Part of what
 # embeddings are, bit for bit: other shapes round otherwise.
 GROUP, LENGTH_STEP = 4, 32
+# What transformers takes where nothing is said. Said, since a folder's config.json may name a kernel on the hub.
+ATTENTION = "eager"
 
 
 def _written(caption: str) -> str:
@@ -142,6 +145,19 @@ def _buckets(length: int, device: torch.device) -> Tensor:
     return torch.where(distance < exact, distance, far) + half * (offset > 0)
 
 
+def load_tokenizer(name: str, *, revision: str | None = None, local_files_only: bool = False) -> Any:
+    """The tokenizer of a hub model or a folder, by transformers' own classes: nothing that lies there is run.
+
+    Raises:
+        OSError, ValueError: not there, or one that needs code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        name, revision=revision, trust_remote_code=False, local_files_only=local_files_only
+    )
+
+
 class T5GemmaTower(nn.Module):
     """Frozen T5Gemma encoder (https://arxiv.org/abs/2504.06225), `google/t5gemma-2b-2b-ul2` in the recipe.
 
@@ -168,23 +184,32 @@ class T5GemmaTower(nn.Module):
     ) -> None:
         super().__init__()
         from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoTokenizer, T5GemmaEncoderModel
+        from transformers import AutoConfig, T5GemmaEncoderModel
 
         self.max_tokens = max_tokens
         local = Path(name).exists()
         if not local and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
             raise ValueError(f"there is no folder {name!r} to load T5Gemma from; give text.name one, or a hub name")
         try:
-            kind = AutoConfig.from_pretrained(name, revision=revision).model_type
+            kind = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False).model_type
             if kind != "t5gemma":  # transformers would go on, with a full-size encoder of random weights
                 raise ValueError(f"its config.json says model_type {kind!r} where 't5gemma' is needed")
-            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            self.tokenizer = load_tokenizer(name, revision=revision)
             model, info = T5GemmaEncoderModel.from_pretrained(
-                name, revision=revision, dtype=dtype, is_encoder_decoder=False, output_loading_info=True
+                name,
+                revision=revision,
+                trust_remote_code=False,
+                use_safetensors=True,
+                attn_implementation=ATTENTION,
+                dtype=dtype,
+                is_encoder_decoder=False,
+                output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             where = "folder" if local else "hub model"
             reason = str(error).strip().splitlines()[0].rstrip(".")
+            if "trust_remote_code" in str(error):  # transformers' advice is to run it
+                reason = "it needs code of its own (auto_map), which is never run"
             raise ValueError(
                 f"T5Gemma could not be loaded from the {where} {name!r}: {reason}; give text.name a folder with "
                 "config.json, model.safetensors and the tokenizer, or a hub name you have access to"

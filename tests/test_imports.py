@@ -20,6 +20,7 @@ UPPER = {"benchmarks", "examples", "tests"}
 # the longest counts. A module imports lower floors and its own entry, so nothing climbs.
 FLOORS = {
     "prx_model": (
+        ("ranges",),
         ("config", "convert", "ema", "flow", "packed_text", "teacher_constants", "teacher_weights", "text"),
         ("attention", "flops", "teachers"),
         ("layers",),
@@ -27,8 +28,8 @@ FLOORS = {
         ("sampler",),
     ),
     "train": (
-        ("errors", "randomness", "data.settings"),
-        ("recipes",),
+        ("randomness", "shown", "side_files", "data.settings"),
+        ("errors", "recipes"),
         ("commandline", "run.folder", "run.lock", "run.stopwatch", "evaluation.pictures"),
         ("ranks",),
         ("data",),

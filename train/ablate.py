@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from train import shown  # noqa: E402
 from train.commandline import parse  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 from train.recipes import Recipe, TwoStages  # noqa: E402
 from train.run.folder import METRICS, run_folder  # noqa: E402
+from train.side_files import parse_json  # noqa: E402
 
 HELD_OUT = "held-out"
 """Dense loss of the averaged weights on pictures never trained on: comparable between all variants."""
@@ -107,8 +109,8 @@ def read(folder: Path, batch: int, metric: str, window: int) -> list[Point]:
     """
     path = folder / METRICS
     try:
-        points = curve(map(json.loads, path.read_text().splitlines()), batch, metric, window)
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        points = curve(map(parse_json, path.read_bytes().splitlines()), batch, metric, window)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
         raise UserError(f"{path} cannot be read as the metrics of a run: {error}") from None
     if not points:
         fix = "set a smaller --window or more --train.steps" if metric == TRAIN else "its data have no split 'val'"
@@ -258,7 +260,7 @@ def main() -> int:
     settings |= {"window": asked.window, "variants": [asdict(one) for one in variants]}
     each = [{**asdict(run), "last": _number(run.last)} for run in runs]
     found = {**settings, "runs": each, "rows": [plain(row) for row in rows]}
-    (asked.out / "ablation.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+    (asked.out / "ablation.json").write_text(json.dumps(shown.settings(found), indent=2, allow_nan=False) + "\n")
     (asked.out / "ablation.md").write_text(printed + "\n")
     print(f"\n{printed}")
     return 0

@@ -4,13 +4,15 @@ import io
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
+from prx_model.ranges import Range, check_ranges, ranges
 from train.errors import UserError, nearest
 from train.recipes import PRESETS, Recipe, TwoStages
+from train.shown import address
 
 Options = TypeVar("Options")
 
@@ -25,10 +27,10 @@ class DryRun:
     """What `--dry-run` prints a projection for."""
 
     enabled: bool = False
-    gpus: int = 32
-    mfu: float = 0.25
-    peak_tflops: float = 989.0
-    dollars_per_hour: float = 2.0
+    gpus: Annotated[int, Range(1, 10_000_000)] = 32
+    mfu: Annotated[float, Range(0, 1, above=True)] = 0.25
+    peak_tflops: Annotated[float, Range(0, 1_000_000, above=True)] = 989.0
+    dollars_per_hour: Annotated[float, Range(0, 1_000_000, above=True)] = 2.0
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def precompute_command(recipe: Recipe) -> str:
                     continue
                 listed = value if isinstance(value, tuple) else (value,)
                 words += [f"--{section}.{name}", *map(str, listed)]
-    return shlex.join(words)
+    return address(shlex.join(words))
 
 
 def field_names(settings: Any, prefix: str = "") -> Iterator[str]:
@@ -132,12 +134,42 @@ def read_options(kind: type[Options], **settings: Any) -> Options:
 
     printed = io.StringIO()
     try:
-        with redirect_stderr(printed):
-            return tyro.cli(kind, **settings)
+        with redirect_stderr(printed), _shown_ranges(kind):
+            found = tyro.cli(kind, **settings)
+        check_ranges(found)
+        return found
+    except ValueError as error:
+        raise UserError(str(error)) from None
     except SystemExit as left:
         if not left.code:
             raise
         raise UserError(_one_sentence(printed.getvalue())) from None
+
+
+@contextmanager
+def _shown_ranges(kind: type) -> Iterator[None]:
+    """Within this context `--help` says the range of each number beside its type."""
+    import tyro
+
+    before: list[tuple[Any, dict[str, Any]]] = []
+    waiting = [kind]
+    while waiting:
+        section = waiting.pop()
+        hints, allowed = get_type_hints(section, include_extras=True), ranges(section)
+        waiting += [hint for hint in hints.values() if is_dataclass(hint) and isinstance(hint, type)]
+        before.append((section, dict(section.__annotations__)))
+        for name, bounds in allowed.items():
+            bare = get_type_hints(section)[name]
+            # Tuples and what may be None keep tyro's own words, which say how many numbers there are.
+            if bare in (int, float):
+                words = f"{bare.__name__.upper()} {bounds.interval()}"
+                section.__annotations__[name] = Annotated[bare, bounds, tyro.conf.arg(metavar=words)]
+    try:
+        yield
+    finally:
+        for section, annotations in before:
+            section.__annotations__.clear()
+            section.__annotations__.update(annotations)
 
 
 def _parse_fields(words: list[str], recipe: Recipe | TwoStages, preset: str) -> Recipe | TwoStages:
@@ -191,10 +223,10 @@ def _take_dry_run(words: list[str]) -> tuple[list[str], DryRun]:
                 value = words[position] if position < len(words) else ""
             try:
                 found[name] = kinds[name](value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise UserError(f"--{name.replace('_', '-')} takes a number, got {value!r}") from None
-            if found[name] <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
+            if problem := ranges(DryRun)[name].problem(found[name]):
+                raise UserError(f"--{name.replace('_', '-')} {problem}")
         else:
             rest.append(words[position])
         position += 1

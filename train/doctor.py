@@ -22,6 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from train.commandline import DryRun, parse  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 from train.recipes import Recipe, TwoStages  # noqa: E402
+from train.shown import address, tell  # noqa: E402
 
 if TYPE_CHECKING:
     from train.data.readers import ImageDataset
@@ -71,7 +72,7 @@ def main() -> int:
         listed = [{**f.values, "wrong": f.wrong, "advice": f.advice} for f in found]
         print(json.dumps(listed if len(listed) > 1 else listed[0], indent=2))
     else:
-        print("\n\n".join(render(f) for f in found))
+        tell("\n\n".join(render(f) for f in found), lines=True)
     return int(any(f.wrong for f in found))
 
 
@@ -118,7 +119,7 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
     validation = open_validation(recipe.data, recipe.model.patch_size)
     assert isinstance(dataset, ImageDataset)
     found.values |= {
-        "path": recipe.data.path,
+        "path": address(recipe.data.path),
         "samples": len(dataset),
         "validation": 0 if validation is None else len(validation),
         "columns": list(dataset.index.columns),
@@ -188,9 +189,9 @@ def _byte_tokens(size: int) -> int:
 def _t5_tokens(captions: Sequence[str], recipe: Recipe) -> list[int] | None:
     """Tokens of each caption by the encoder's tokenizer, where it lies on this machine; nothing is downloaded."""
     try:
-        from transformers import AutoTokenizer
+        from prx_model.text import load_tokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(recipe.text.name, local_files_only=True)
+        tokenizer = load_tokenizer(recipe.text.name, revision=recipe.text.revision or None, local_files_only=True)
     except Exception:  # missing, gated or damaged in one of the library's many ways: then lengths stay in bytes
         return None
     return [len(ids) for first in range(0, len(captions), 1024) for ids in tokenizer(captions[first : first + 1024])["input_ids"]]  # fmt: skip  # noqa: E501

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from prx_model.ranges import Range  # noqa: E402
 from train.commandline import read_options  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 
@@ -29,12 +30,12 @@ class Arguments:
     """1 is no guidance."""
     guidance_kind: Literal["cfg", "self"] | None = None
     """cfg: against the empty prompt; self: against a routed pass."""
-    seed: int = 0
+    seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
     """Of the first picture; the next ones count up."""
-    grid: int = 1
+    grid: Annotated[int, Range(1, 10_000)] = 1
     """Pictures for each prompt; more than one picture in all gives a grid with captions."""
-    height: int | None = None
-    width: int | None = None
+    height: Annotated[int | None, Range(1, 65_536)] = None
+    width: Annotated[int | None, Range(1, 65_536)] = None
     weights: Literal["ema", "raw"] = "ema"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from train.checkpoint.checkpointer import Checkpointer, find_newest, load_into
+from train.checkpoint.state import need
 from train.data.loader import Batch, batches, bucket_counts, fingerprint, notes, open_dataset, open_validation
 from train.data.quarantine import Quarantine
 from train.data.readers import ImageDataset
@@ -21,11 +22,20 @@ from train.learner.step import Learner
 from train.ranks import faults
 from train.ranks.parallel import World, agree, from_main, patience
 from train.recipes import Recipe
-from train.run.folder import CONFIG, SAMPLES, check_same_data, check_same_run, run_folder, write_config
+from train.run.folder import (
+    CONFIG,
+    SAMPLES,
+    DamagedConfigError,
+    check_same_data,
+    check_same_run,
+    run_folder,
+    write_config,
+)
 from train.run.meter import Meter
 from train.run.metrics import Display, Metrics, drop_metrics_after
 from train.run.profiling import Profiler
 from train.run.stages import carry_over
+from train.shown import address, tell
 
 _LOG_EVERY = 10
 """Steps between two readings of the loss: the host waits for the device only then."""
@@ -62,12 +72,12 @@ class Trainer:
                 f"{recipe.parallel.micro_batches} parallel.micro_batches"
             )
         if (self.folder / CONFIG).exists():
-            self._insist(lambda: check_same_run(self.folder, recipe))
+            self._check_config()
         self.dataset = open_dataset(recipe.data, recipe.train.seed, recipe.model.patch_size)
         self.validation = open_validation(recipe.data, recipe.model.patch_size)
         for note in notes(self.dataset, recipe.train.batch):
             if world.is_main:
-                print(f"note: {note}", flush=True)
+                tell(f"note: {note}")
         self.distances = self._open_distances()
         self.profiler = Profiler(recipe.profile, self.folder, world)
         self.checkpointer = Checkpointer(self.folder, keep=recipe.checkpoint.keep, timeout=patience(recipe.parallel))
@@ -92,7 +102,7 @@ class Trainer:
         if self.validation is None:
             raise UserError(
                 f"evaluation.fid, cmmd and dino_mmd compare with validation pictures, and the data at "
-                f"{self.recipe.data.path} have no split 'val'; add one or leave them off"
+                f"{address(self.recipe.data.path)} have no split 'val'; add one or leave them off"
             )
         if min(len(self.validation), settings.samples) < 2:
             raise UserError(
@@ -141,7 +151,8 @@ class Trainer:
         self.meter = Meter(recipe, self.world, learner.parameters, flop, buckets=counts, spent=self.spent)
         if flop:
             metrics.log(self.step, {f"flop/{name}_per_image": count for name, count in flop.items()})
-        skips = faults.SkippedSteps(recipe.train.max_skipped, self.world)
+        # A run of which every step is skipped has learnt nothing, however short it is.
+        skips = faults.SkippedSteps(min(recipe.train.max_skipped, recipe.train.steps), self.world)
         self.saved = self.step
         for batch, waited in self._batches():
             self.quarantine.add(batch)
@@ -150,15 +161,16 @@ class Trainer:
             trace = self.profiler.end(self.step)
             if trace is not None:
                 display.say(f"profile: {trace}")
-            skips.remember(self.step, batch, result.losses)
+            skips.remember(self.step, batch, result.losses, learner.skipped[1])
             self.step += 1
             self.meter.add(result, waited)
             self.watchdog.beat()
             if self.step % _LOG_EVERY == 0 or self.step == recipe.train.steps:
-                self._log(metrics, display, skips)
+                self._log(metrics, display)
+            # Before a save: what it names is told first.
+            skips.check(self.signals.check(skips.arrived()))
             if self.step % recipe.checkpoint.every == 0 or self.step == recipe.train.steps:
                 self._save(wait=self.step == recipe.train.steps)
-            self.signals.check()
             if self.step % recipe.evaluation.every == 0 and self.step < recipe.train.steps:
                 self._evaluate(metrics, display, final=False)
                 self.meter.restart()
@@ -174,19 +186,17 @@ class Trainer:
                 return
             yield batch, time.monotonic() - began
 
-    def _log(self, metrics: Metrics, display: Display, skips: faults.SkippedSteps) -> None:
+    def _log(self, metrics: Metrics, display: Display) -> None:
         """Read the loss and everything else that waits for the device."""
         values = self.meter.read() | self.learner.stopwatch.read(_LOG_EVERY)
-        skipped, in_a_row = self.learner.skipped.tolist()
         values["train/lr_factor"] = learning_rate_factor(self.step - 1, self.recipe.train)
-        values["train/skipped_steps"] = skipped
+        values["train/skipped_steps"] = int(self.learner.skipped[0])
         rate = values["speed/images_per_second"]
         values["time/hours_left"] = (self.recipe.train.steps - self.step) * self.recipe.train.batch / rate / 3600
         substituted, seen = agree([self.quarantine.substituted, self.quarantine.seen], self.world, dist.ReduceOp.SUM)
         values["data/substituted"] = substituted
         metrics.log(self.step, values)
         display.update(self.step, self.meter.shown(values))
-        skips.check(in_a_row, self.dataset)
         self.quarantine.check(substituted, seen)
 
     def _evaluate(self, metrics: Metrics, display: Display, *, final: bool) -> tuple[dict[str, float], Path | None]:
@@ -260,19 +270,28 @@ class Trainer:
                 f"{self.folder} has already done {found.step} steps, more than train.steps {recipe.train.steps}; "
                 "start a new run with --output.name"
             )
+        skipped, first_position, seconds = need(found.folder, found.state, "skipped", "first_position", "seconds")
         load_into(found, self.learner.tensors(), self.checkpointer.group)
-        self.learner.skipped.copy_(torch.tensor(found.state["skipped"]))
-        self.first_position, self.spent = int(found.state["first_position"]), float(found.state["seconds"])
+        self.learner.skipped.copy_(torch.tensor(skipped))
+        self.first_position, self.spent = first_position, float(seconds)
         if self.world.is_main:
-            print(f"going on with {self.folder} at step {found.step}", flush=True)
+            tell(f"going on with {self.folder} at step {found.step}")
         return found.step
+
+    def _check_config(self) -> None:
+        """Compare with the run's config.json; one that a crash has cut is written anew: a checkpoint has its own."""
+        try:
+            self._insist(lambda: check_same_run(self.folder, self.recipe))
+        except DamagedConfigError as error:
+            if self.world.is_main:
+                tell(f"warning: {error}; the newest checkpoint's counts, and it is written anew")
 
     def _insist(self, check: Callable[[], None]) -> None:
         """Make a check whose refusal `--force` turns into a warning."""
         try:
             check()
         except UserError as error:
-            if not self.force:
+            if not self.force or isinstance(error, DamagedConfigError):
                 raise
             if self.world.is_main:
-                print(f"warning: {error}; going on, as --force says", flush=True)
+                tell(f"warning: {error}; going on, as --force says")

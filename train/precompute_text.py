@@ -20,6 +20,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from train.commandline import parse  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 from train.recipes import Recipe, TwoStages  # noqa: E402
+from train.shown import tell  # noqa: E402
 
 if TYPE_CHECKING:
     from train.data.text_cache import CacheIndex, Encoding
@@ -45,7 +46,7 @@ def main() -> int:
     world = parallel.start(stages[0].train)
     try:
         for stage in stages:
-            print(precompute(stage, world), flush=True)
+            tell(precompute(stage, world))
     except KeyboardInterrupt:
         raise UserError("stopped; the same command goes on behind the last whole shard") from None
     finally:

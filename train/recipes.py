@@ -5,10 +5,18 @@ No torch here, so that `--help` answers at once. The `prx-*` presets are RECIPE.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from prx_model.config import PRXConfig, Routing, Sampling, prx_1_2b, prx_small, prx_tiny
+from prx_model.ranges import Range
 from train.data.settings import Data
+
+MOST = 10**9
+"""Steps and the like."""
+LARGEST = 3.4e38
+"""Of float32, in which optimizers compute."""
+SHARE = Range(0, 1)
+RATE = Range(0, LARGEST)
 
 
 @dataclass(frozen=True)
@@ -20,14 +28,14 @@ class Text:
     """Hub name or folder (t5gemma)."""
     revision: str = ""
     """Hub revision (t5gemma); the newest unless given."""
-    max_tokens: int = 256
+    max_tokens: Annotated[int, Range(1, 65_536)] = 256
     cache: str = ""
     """Folder of embeddings written by train/precompute_text.py (t5gemma); the encoder is not loaded then."""
     storage: Literal["bf16", "fp8", "int8"] = "bf16"
     """How the cache holds them; fp8 and int8 with a scale a token."""
-    depth: int = 1
+    depth: Annotated[int, Range(0, 1_024)] = 1
     """Blocks of the byte tower."""
-    num_heads: int = 8
+    num_heads: Annotated[int, Range(1, 1_024)] = 8
     """Heads of the byte tower."""
 
 
@@ -35,14 +43,14 @@ class Text:
 class Flow:
     """Flow matching with x-prediction (RECIPE.md, "Objective")."""
 
-    shift: float = 3.0
-    uniform_fraction: float = 0.1
-    t_floor: float = 1e-3
+    shift: Annotated[float, Range(0, 1_000, above=True)] = 3.0
+    uniform_fraction: Annotated[float, SHARE] = 0.1
+    t_floor: Annotated[float, Range(0, 1, below=True)] = 1e-3
     """Smallest t in training."""
-    t_min: float = 0.05
+    t_min: Annotated[float, Range(0, 1, above=True, below=True)] = 0.05
     """Lower clamp of t in the loss."""
-    noise_scale: float = 1.0
-    caption_drop: float = 0.1
+    noise_scale: Annotated[float, Range(0, 1_000, above=True)] = 1.0
+    caption_drop: Annotated[float, SHARE] = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,14 +58,14 @@ class REPA:
     """Alignment of inner features with DINOv3's (https://arxiv.org/abs/2410.06940)."""
 
     enabled: bool = False
-    weight: float = 0.5
-    layer: int = 7
+    weight: Annotated[float, RATE] = 0.5
+    layer: Annotated[int, Range(0, 1_023)] = 7
     """0-based block behind which features are taken."""
     teacher: str = "vit_large_patch16_dinov3"
     """timm's name of DINOv3 ViT-L/16."""
     weights: str = ""
     """A file or folder with the network's weights; timm's hub unless given; "random" for none."""
-    projector_layers: int = 3
+    projector_layers: Annotated[int, Range(1, 64)] = 3
 
 
 @dataclass(frozen=True)
@@ -65,12 +73,12 @@ class LPIPS:
     """Perceptual loss on whole pictures at half size (https://arxiv.org/abs/1801.03924)."""
 
     enabled: bool = False
-    weight: float = 0.1
+    weight: Annotated[float, RATE] = 0.1
     network: Literal["vgg", "alex", "squeeze"] = "vgg"
     """Trunk; pictures go through it at half size."""
     weights: str = ""
     """A file with the weights of torchvision's trunk; the hub's unless given; "random" for none."""
-    t_max: float = 1.0
+    t_max: Annotated[float, SHARE] = 1.0
     """Only samples with t below this go through it, the others count as 0; 1 is all."""
 
 
@@ -79,14 +87,14 @@ class PDINO:
     """Cosine distance of DINOv2 patch features of prediction and picture."""
 
     enabled: bool = False
-    weight: float = 0.01
+    weight: Annotated[float, RATE] = 0.01
     teacher: str = "vit_base_patch14_reg4_dinov2"
     """timm's name of DINOv2 ViT-B/14 with registers."""
     weights: str = ""
     """A file or folder with the network's weights; timm's hub unless given; "random" for none."""
-    t_max: float = 1.0
+    t_max: Annotated[float, SHARE] = 1.0
     """Only samples with t below this go through it, the others count as 0; 1 is all."""
-    size: int = 224
+    size: Annotated[int, Range(1, 4_096)] = 224
     """Pixels a side of the teacher's input."""
 
 
@@ -95,45 +103,45 @@ class Muon:
     """Muon for the 2-D weights inside `blocks` (https://kellerjordan.github.io/posts/muon/)."""
 
     enabled: bool = True
-    lr: float = 1e-4
-    momentum: float = 0.95
+    lr: Annotated[float, RATE] = 1e-4
+    momentum: Annotated[float, Range(0, 1, below=True)] = 0.95
     nesterov: bool = True
-    ns_steps: int = 5
-    ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
-    weight_decay: float = 0.0
+    ns_steps: Annotated[int, Range(1, 100)] = 5
+    ns_coefficients: Annotated[tuple[float, float, float], Range(-1_000, 1_000)] = (3.4445, -4.7750, 2.0315)
+    weight_decay: Annotated[float, RATE] = 0.0
 
 
 @dataclass(frozen=True)
 class Adam:
     """AdamW for every other parameter, and for all of them without Muon."""
 
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: Annotated[float, RATE] = 1e-4
+    betas: Annotated[tuple[float, float], Range(0, 1, below=True)] = (0.9, 0.95)
+    eps: Annotated[float, SHARE] = 1e-8
+    weight_decay: Annotated[float, RATE] = 0.0
 
 
 @dataclass(frozen=True)
 class Train:
     """Length, batch and the outer loop."""
 
-    steps: int = 100_000
-    batch: int = 1024
+    steps: Annotated[int, Range(1, MOST)] = 100_000
+    batch: Annotated[int, Range(1, 2**24)] = 1024
     """Pictures a step, over all ranks."""
-    warmup: int = 1_000
+    warmup: Annotated[int, Range(0, MOST)] = 1_000
     """Steps of linear warm-up of the learning rates."""
-    cooldown: int = 0
+    cooldown: Annotated[int, Range(0, MOST)] = 0
     """Last steps, over which the learning rates fall linearly to zero."""
-    clip: float = 0.2
+    clip: Annotated[float, Range(0, LARGEST, above=True)] = 0.2
     """Largest norm of the gradient."""
-    seed: int = 0
+    seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of activations; weights are fp32. auto is bf16 on a GPU, fp32 on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["sdpa", "varlen", "flash"] = "sdpa"
     deterministic: bool = False
     """On a GPU, backward kernels that add in a fixed order only: resumed weights are bitwise the same. A CPU's are."""
-    max_skipped: int = 10
+    max_skipped: Annotated[int, Range(1, 100_000)] = 10
     """So many steps in a row whose gradient is not finite stop the run; each is skipped, on all ranks."""
 
 
@@ -141,17 +149,17 @@ class Train:
 class Parallel:
     """How ranks share the work (FSDP2, HSDP, DDP; train/ranks/parallel.py)."""
 
-    replicate: int = 0
+    replicate: Annotated[int, Range(0, 2**20)] = 0
     """Copies of the weights; 0 is what `shard` leaves."""
-    shard: int = 0
+    shard: Annotated[int, Range(0, 2**20)] = 0
     """Ranks that share one copy; 0 is what `replicate` leaves, or the ranks of a node. 1 is DDP."""
-    micro_batches: int = 1
+    micro_batches: Annotated[int, Range(1, 2**20)] = 1
     """Parts in which a rank's pictures go through the model; gradients are summed and reduced once."""
     checkpointing: bool = False
     """Recompute each block in backward instead of keeping its activations."""
     reshard_after_forward: bool = False
     """Drop gathered weights between forward and backward: one more gather saves 2.4 GB a GPU at 1.2 B parameters."""
-    timeout: float = 600.0
+    timeout: Annotated[float, Range(0.001, 10_000_000)] = 600.0
     """Seconds without a step (or part of an evaluation) after which a rank prints its stacks and gives up."""
 
 
@@ -159,21 +167,21 @@ class Parallel:
 class EMASettings:
     """Exponential moving average of the weights, used for samples and evaluation."""
 
-    decay: float = 0.999
-    every: int = 10
+    decay: Annotated[float, Range(0, 1, below=True)] = 0.999
+    every: Annotated[int, Range(1, MOST)] = 10
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What is measured and drawn on the way."""
 
-    every: int = 2_000
+    every: Annotated[int, Range(1, MOST)] = 2_000
     """Steps between evaluations; the end always has one."""
-    prompts: int = 450
+    prompts: Annotated[int, Range(1, 100_000)] = 450
     """Held-out prompts that the oracle scores at the end (shapes, scenes)."""
-    images: int = 512
+    images: Annotated[int, Range(0, 10_000_000)] = 512
     """Validation pictures of the held-out loss; shapes and scenes draw them from prompts never trained on."""
-    grid: int = 16
+    grid: Annotated[int, Range(0, 10_000)] = 16
     """Pictures in a sample grid."""
     raw: Literal["no", "loss", "all"] = "loss"
     """What is measured with the raw weights too: nothing, the held-out loss, or the distances as well."""
@@ -183,7 +191,7 @@ class Evaluation:
     """MMD of their CLIP embeddings (https://arxiv.org/abs/2401.09603)."""
     dino_mmd: bool = False
     """MMD of their DINOv2 embeddings."""
-    samples: int = 2_048
+    samples: Annotated[int, Range(0, 10_000_000)] = 2_048
     """Pictures drawn for the distances, at most as many as there are validation pictures."""
     inception_weights: str = ""
     """torch-fidelity's file of Inception weights; downloaded unless given; "random" for none."""
@@ -201,8 +209,8 @@ class Evaluation:
 class Checkpoint:
     """Saving and resuming."""
 
-    every: int = 1_000
-    keep: int = 2
+    every: Annotated[int, Range(1, MOST)] = 1_000
+    keep: Annotated[int, Range(1, MOST)] = 2
     """Newest complete checkpoints that stay."""
 
     def __post_init__(self) -> None:
@@ -225,7 +233,7 @@ class Output:
     folder: str = "runs"
     name: str = ""
     """The run's folder is <folder>/<name>; the preset's name unless given."""
-    dollars_per_hour: float = 2.0
+    dollars_per_hour: Annotated[float, Range(0, 1_000_000)] = 2.0
     """Price of a GPU-hour, for the cost in the metrics."""
 
 

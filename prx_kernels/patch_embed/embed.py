@@ -59,13 +59,16 @@ def patch_embed(
     Gradients reach w1, b1, w2, b2 and the image; to second order only w2 and b2 have them.
 
     Raises:
-        ValueError: shapes that do not fit, a size that is no multiple of the patch, t outside [0, 1].
+        ValueError: shapes or devices that do not fit, a size that is no multiple of the patch, t outside [0, 1].
         TypeError: a dtype that does not fit.
-        NotImplementedError: a forward-mode derivative is asked for.
+        NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_no_tangent("patch_embed", image, w1, b1, w2, b2, t)
     _check_image(image, patch_size)
     _check_weights(image.shape[1] * patch_size**2, w1, b1, w2, b2, patch_size)
+    devices = {str(x.device) for x in (image, w1, b1, w2, b2) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"image, weights and biases must lie on one device, got {', '.join(sorted(devices))}")
     noise = _checked_noise(image, t, noise_seed, sample_ids)
     if _autocast(image):
         dtype = torch.get_autocast_dtype(image.device.type)

@@ -99,9 +99,9 @@ def x_prediction_loss(
     to second order otherwise.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown reduction, or a negative t_min.
+        ValueError: shapes or devices that do not fit, an unknown reduction, or a negative t_min.
         TypeError: tokens or t that are not floating, or an image that is neither floating nor uint8.
-        NotImplementedError: a forward-mode derivative is asked for.
+        NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_no_tangent("x_prediction_loss", tokens, image, t)
     _check_loss(tokens, image, t, patch_size, t_min, reduction)
@@ -129,6 +129,10 @@ def _check_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min
         raise ValueError(
             f"for an image of shape {tuple(image.shape)} tokens must be {expected} and t ({batch},), "
             f"got {tuple(tokens.shape)} and {tuple(t.shape)}"
+        )
+    if not tokens.device == image.device == t.device:
+        raise ValueError(
+            f"tokens, image and t must lie on one device, got {tokens.device}, {image.device} and {t.device}"
         )
     if reduction not in ("mean", "none", "both"):
         raise ValueError(f'reduction must be "mean", "none" or "both", got {reduction!r}')

@@ -49,6 +49,50 @@ def test_forward_mode_derivatives_are_refused_not_zero(function, x):
     function(x)  # and nothing of it stays
 
 
+FUNCTIONS = [
+    (lambda x: gather_tokens(x, KEEP), TOKENS),
+    (lambda x: scatter_tokens(x, ROWS, KEEP), TOKENS),
+    (lambda y: exit_route(y, TOKENS, KEEP), ROWS),
+    (lambda x: enter_route(x, KEEP)[0], TOKENS),
+    (lambda image: patch_embed(image, WEIGHT, None, None, None, 4), IMAGE),
+    (lambda weight: patch_embed(IMAGE, weight, None, None, None, 4), WEIGHT),
+    (lambda tokens: x_prediction_loss(tokens, IMAGE, T, 4), PREDICTED),
+]
+
+
+@pytest.mark.parametrize(("function", "x"), FUNCTIONS)
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev", "vmap of grad", "grad of vmap", "vmap of a graph"])
+def test_derivatives_of_torch_func_are_right_or_refused_by_name(function, x, transform):
+    scalar = lambda x: function(x).square().sum()  # noqa: E731
+    batched = lambda x: torch.func.vmap(scalar)(torch.stack([x, x])).sum()  # noqa: E731
+    calls = {
+        "grad": lambda: torch.func.grad(scalar)(x),
+        "vjp": lambda: torch.func.vjp(scalar, x)[1](torch.tensor(1.0))[0],
+        "jacrev": lambda: torch.func.jacrev(scalar)(x),
+        "vmap of grad": lambda: torch.func.vmap(torch.func.grad(scalar))(x[None])[0],
+        "grad of vmap": lambda: torch.func.grad(batched)(x) / 2,
+        "vmap of a graph": lambda: torch.autograd.grad(batched(x.clone().requires_grad_()), [])[0],
+    }
+    with pytest.raises(NotImplementedError, match=r"no derivative under torch.func \(grad, vjp, jacrev"):
+        calls[transform]()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(("function", "x"), [pair for number, pair in enumerate(FUNCTIONS) if number != 3])
+def test_vmap_without_derivatives_is_right(function, x):
+    both = torch.stack([x, x * 0.5])
+    torch.testing.assert_close(torch.func.vmap(function)(both), torch.stack([function(part) for part in both]))
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_patch_embed_refuses_tensors_on_several_devices(moved):
+    """It gave memory that nobody had written."""
+    arguments = [IMAGE, WEIGHT, torch.randn(4, 5)]
+    arguments[moved] = arguments[moved].to("meta")
+    with pytest.raises(ValueError, match="must lie on one device, got cpu, meta"):
+        patch_embed(arguments[0], arguments[1], None, arguments[2], None, 4)
+
+
 def test_the_definitions_have_forward_mode_derivatives():
     direction = torch.randn_like(PREDICTED)
     loss = lambda tokens: reference.x_prediction_loss(tokens, IMAGE, T, 4)  # noqa: E731

@@ -129,7 +129,7 @@ def test_pictograms_grow_on_a_gpu_unless_their_size_was_set() -> None:
         ({"train": {"steps": 0}}, "train.steps must be at least 1"),
         ({"train": {"clip": 0.0}}, "train.clip must be positive"),
         ({"data": {"bad_limit": 1.5}}, "data.bad_limit is a share from 0 to 1, got 1.5"),
-        ({"data": {"tries": 0}}, "data.tries at least 1"),
+        ({"data": {"tries": 0}}, "data.tries must be at least 1"),
         ({"data": {"height": 20}}, "not a multiple of the patch size 8"),
         ({"routing": {"enabled": True, "end": 4}}, "the model has blocks 0 to 3"),
         ({"text": {"num_heads": 3}}, "text.num_heads 3 must divide"),

@@ -15,14 +15,15 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from train.checkpoint import files
+from train.checkpoint import files, finite
 from train.checkpoint.files import Entry, Stored, complete
 from train.errors import UserError
 from train.ranks.agreement import Group, gather, on_first
 from train.run.lock import RunLock
+from train.shown import tell
 
 __all__ = ["Checkpointer", "Found", "Saved", "Tensors", "complete", "find_newest", "load", "load_into", "misfits"]
 
@@ -80,7 +81,8 @@ class Checkpointer:
         self._lock: RunLock | None = None
         self._thread: threading.Thread | None = None
         self._step = 0
-        self._error: str | None = None
+        self._error: tuple[str, bool] | None = None
+        """Why the save under way failed, and whether it held numbers that are not finite."""
         self._failures = 0
         self._buffers: dict[str, Tensor] = {}
         on_first(self._open, self.group)
@@ -102,8 +104,8 @@ class Checkpointer:
             wait: come back when it is on disk, as `finish` does.
 
         Raises:
-            UserError: two saves in a row have failed, or this one with `wait`; what was saved before is untouched. One
-                failure alone is a warning.
+            UserError: two saves in a row have failed, or this one with `wait`, or the one before held numbers that are
+                not finite; what was saved before is untouched. Another failure alone is a warning.
         """
         self._settle(last=False)
         live = {f"{section}/{name}": t for section, content in tensors.items() for name, t in content.items()}
@@ -170,7 +172,7 @@ class Checkpointer:
             self._error = _reason(error)
             if self.rank == 0:
                 writer.discard()
-                print(f"warning: {self._failed(self._error)}", flush=True)
+                tell(f"warning: {self._failed(self._error[0])}")
 
     def _settle(self, *, last: bool) -> None:
         """Wait for the save under way, and judge it with all ranks."""
@@ -187,8 +189,14 @@ class Checkpointer:
             self._failures = 0
             return
         self._failures += 1
+        diverged = [reason for reason, not_finite in reasons if not_finite]
+        if diverged:
+            raise UserError(
+                f"{self._failed(diverged[0])}: training has diverged; start again with lower learning rates "
+                "(--muon.lr, --adam.lr), or --train.precision fp32"
+            )
         if last or self._failures > 1:
-            raise UserError(self._failed(reasons[0]))
+            raise UserError(self._failed(reasons[0][0]))
 
     def _failed(self, reason: str) -> str:
         before = complete(self.run)
@@ -215,7 +223,7 @@ def find_newest(run: Path, group: Group = None) -> Found | None:
             return found
         problems.append(found)
         if group is None or dist.get_rank(group) == 0:
-            print(f"warning: {found}; going back to the checkpoint before it", flush=True)
+            tell(f"warning: {found}; going back to the checkpoint before it")
     if problems:
         raise UserError(f"{run} has no whole checkpoint: {'; '.join(problems)}; start anew with --output.name")
     return None
@@ -280,7 +288,7 @@ def load(folder: Path, *, names: Collection[str] | None = None) -> Saved:
         names: sections to check and read, all unless given; those that it lacks are left out.
 
     Raises:
-        UserError: not a checkpoint, or a file that is missing, damaged or no part of one (by name).
+        UserError: not a checkpoint, or a file that is missing, damaged, not finite or no part of one (by name).
     """
     entries, state = files.read_manifest(folder)
     wanted = [n for n in entries if (section := files.section_of(n)) and (names is None or section in names)]
@@ -298,8 +306,10 @@ def load(folder: Path, *, names: Collection[str] | None = None) -> Saved:
                 for chunk in stored.chunks:
                     if chunk.file == file:
                         here = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
-                        tensors[section][name][here].copy_(shard.get_tensor(name))
-    return Saved(int(state["step"]), tensors, state)
+                        part = shard.get_tensor(name)
+                        finite.check(folder / file, name, part)
+                        tensors[section][name][here].copy_(part)
+    return Saved(state["step"], tensors, state)
 
 
 def _check(folder: Path, group: Group) -> Found | str:
@@ -322,17 +332,21 @@ def _check(folder: Path, group: Group) -> Found | str:
     try:
         for name in names[rank::size]:
             files.check_file(folder, name, entries[name])
-    except UserError as error:
+        if rank == 0:
+            files.read_index(folder, names)
+        for name in names[rank::size]:
+            finite.check_file(folder / name)
+    except (UserError, OSError, SafetensorError) as error:
         problem = str(error)
     problems = [p for p in gather(problem, group) if p is not None]
-    return problems[0] if problems else Found(folder, int(state["step"]), state, entries)
+    return problems[0] if problems else Found(folder, state["step"], state, entries)
 
 
-def _reason(error: BaseException) -> str:
-    """What to say of a failed save: the first rank's error, without its traceback."""
+def _reason(error: BaseException) -> tuple[str, bool]:
+    """The first rank's error, without its traceback, and whether it is of numbers that are not finite."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     if isinstance(error, CheckpointException) and error.failures:
         rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
-        return f"{inner} (rank {rank})"
-    return f"{type(error).__name__}: {error}"
+        return f"{inner} (rank {rank})", isinstance(inner, finite.NotFiniteError)
+    return f"{type(error).__name__}: {error}", False

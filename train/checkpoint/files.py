@@ -17,6 +17,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import combinations, islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,11 +25,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from train.checkpoint.state import FORMAT, check_state
 from train.errors import UserError
 from train.run.folder import CHECKPOINTS, CONFIG, LATEST
+from train.side_files import parse_json
 
-FORMAT = 2
-"""Of the folder; 1 had one whole file a section, written by rank 0."""
 MANIFEST = "manifest.json"
 COMPLETE = "COMPLETE"
 STATE = "state.json"
@@ -250,11 +251,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not a complete checkpoint: {name} is missing")
     state = _read_json(folder / STATE)
-    if state.get("format", 1) != FORMAT:
-        raise UserError(
-            f"{folder / STATE} says format {state.get('format', 1)} and this version reads format {FORMAT}; "
-            "go on with the version that wrote it, or start a new run with --output.name"
-        )
+    check_state(folder / STATE, state)
     digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     if (folder / COMPLETE).read_bytes() != f"{digest}\n".encode():
         raise UserError(f"{folder / MANIFEST} is damaged, or {COMPLETE} beside it (its SHA-256 is not the one there)")
@@ -309,15 +306,15 @@ def read_index(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Stored
         section = index.setdefault(str(section_of(file)), {})
         try:
             with safe_open(folder / file, framework="pt") as shard:
-                places = json.loads(shard.metadata()["slices"])
+                places = parse_json(shard.metadata()["slices"])
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
                     part = shard.get_slice(name)
-                    offsets, shape = map(tuple, places[name])
+                    offsets, shape = (tuple(map(int, numbers)) for numbers in places[name])
                     tensor = section.setdefault(name, Stored(shape, _DTYPES[part.get_dtype()], []))
                     if tensor.shape != shape or tensor.dtype != _DTYPES[part.get_dtype()]:
                         raise ValueError(f"slices of {name} disagree about its shape or dtype")
                     tensor.chunks.append(Chunk(file, offsets, tuple(part.get_shape())))
-        except (SafetensorError, ValueError, TypeError, KeyError, OSError) as error:
+        except (SafetensorError, ValueError, TypeError, KeyError, OverflowError, OSError) as error:
             raise UserError(f"checkpoint file {folder / file} is not a safetensors file of ours: {error}") from None
     for section_name, tensors in index.items():
         for name, tensor in tensors.items():
@@ -338,12 +335,22 @@ def _check_cover(what: str, tensor: Stored) -> None:
     )
     if not inside or sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.shape):
         raise UserError(f"the slices of {what} do not make up its shape {tensor.shape}; a rank's file is missing")
+    placed = sorted(tensor.chunks, key=lambda chunk: chunk.offsets)
+    # Slices of one rank each lie behind one another; others are compared pair by pair.
+    if any(_overlap(a, b, 1) for a, b in pairwise(placed)) and any(_overlap(a, b) for a, b in combinations(placed, 2)):
+        raise UserError(f"the slices of {what} lie over one another, and leave a part of it empty")
+
+
+def _overlap(a: Chunk, b: Chunk, dimensions: int | None = None) -> bool:
+    """Whether two slices share an element, looking at the first dimensions only where so many are given."""
+    spans = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    return all(p < q + m and q < p + n and n and m for p, n, q, m in islice(spans, dimensions))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
+        content = parse_json(path.read_bytes())
+    except ValueError:
         raise UserError(f"{path} is damaged (not JSON)") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged (not a JSON object)")

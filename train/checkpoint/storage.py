@@ -27,6 +27,7 @@ from torch.futures import Future
 
 from train.checkpoint import files
 from train.checkpoint.files import Entry, Piece, Stored
+from train.checkpoint.finite import NotFiniteError, is_finite
 
 
 class HostPlanner(DefaultSavePlanner):
@@ -63,6 +64,8 @@ class Writer(StorageWriter):
             section, _, name = item.index.fqn.partition("/")
             data = planner.resolve_data(item)
             assert isinstance(data, Tensor)
+            if not is_finite(data):
+                raise NotFiniteError(f"{item.index.fqn} holds numbers that are not finite")
             sections.setdefault(section, []).append(Piece(name, data, tuple(place.offsets), tuple(whole)))
         results = []
         for section, pieces in sections.items():

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from train.data.formats.folder import FolderIndex
 from train.data.formats.parquet import ParquetIndex
-from train.data.formats.storage import Storage, expand, is_url, without_query
+from train.data.formats.storage import Storage, expand, is_url
 from train.data.formats.webdataset import TarIndex
 from train.data.rows import SPLITS, ImageIndex, listing
 from train.errors import UserError, nearest
+from train.shown import address
 
 _JSONL_NAMES = ("captions.jsonl", "metadata.jsonl")
 _SHARDS = (".parquet", ".tar")
@@ -49,7 +50,9 @@ def open_images(
     if split not in SPLITS.values():
         raise UserError(f"split must be train, val or test, got {split!r}{nearest(split, SPLITS.values())}")
 
-    shown = without_query(path) if is_url(path) else path
+    shown = address(path) if is_url(path) else path
+    if "://" in str(path) and not is_url(path):
+        raise UserError(f"{address(path)} is no address that can be read here; give one of http or https, or a path")
 
     def shards(files: Mapping[str, Path | str]) -> ImageIndex:
         if next(iter(files)).lower().endswith(".tar"):
@@ -106,12 +109,12 @@ def _by_pattern(pattern: str) -> dict[str, Path | str]:
     endings = {Path(place.partition("?")[0]).suffix.lower() for place in places}
     if len(endings) > 1 or not endings <= set(_SHARDS):
         raise UserError(
-            f"{pattern} names no parquet nor tar files alone; write as in DATA/shard-{{000000..000127}}.tar"
+            f"{address(pattern)} names no parquet nor tar files alone; write as in DATA/shard-{{000000..000127}}.tar"
         )
     # A query (a signature, say) is no part of a name, and may differ the next time.
-    names = [without_query(place).rpartition("/")[2] for place in places]
+    names = [address(place).rpartition("/")[2] for place in places]
     if len(set(names)) < len(names):
-        names = [without_query(place) for place in places]
+        names = [address(place) for place in places]
     return dict(zip(names, [place if is_url(place) else Path(place) for place in places], strict=True))
 
 

@@ -50,6 +50,8 @@ class Batch:
     """The same, where the captions are: reading them from a GPU would wait for it."""
     substituted: tuple[Substituted, ...] = ()
     """Samples of this batch that could not be read, and in whose place others stand."""
+    keys: tuple[str, ...] = ()
+    """Names each sample in messages, as it was read: no other order of the data can name another."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on the device."""
@@ -204,7 +206,8 @@ def collate(examples: list[tuple[int, Example]]) -> Batch:
     image = torch.from_numpy(np.stack([example.image for _, example in examples])).permute(0, 3, 1, 2).contiguous()
     positions = torch.tensor([position for position, _ in examples], dtype=torch.int64)
     substituted = tuple(example.substituted for _, example in examples if example.substituted is not None)
-    return Batch(image, [example.caption for _, example in examples], positions, positions, substituted)
+    keys = tuple(example.key for _, example in examples)
+    return Batch(image, [example.caption for _, example in examples], positions, positions, substituted, keys)
 
 
 def to_float(image: Tensor) -> Tensor:
@@ -279,5 +282,5 @@ def _picture_sizes(index: ImageIndex, columns: tuple[str, str], cache: Path | No
         with temporary.open("wb") as file:
             np.save(file, index.sizes(*columns))
         os.replace(temporary, kept)
-    sizes: NDArray[np.int32] = np.load(kept)
+    sizes: NDArray[np.int32] = np.load(kept, allow_pickle=False)
     return sizes

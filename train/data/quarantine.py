@@ -11,6 +11,8 @@ from typing import Any
 
 from train.data.loader import Batch
 from train.errors import UserError
+from train.shown import tell
+from train.side_files import objects, set_aside, write_whole
 
 QUARANTINE = "quarantine"
 _LEAST = 3
@@ -33,8 +35,12 @@ class Quarantine:
         self.substituted = 0
         """How many of them were substituted."""
         self._file = self.folder / f"rank-{rank}.jsonl"
+        good, bad = objects(self._file)
+        if bad:
+            tell(f"warning: {set_aside(self._file, bad)}")
+            write_whole(self._file, "".join(_line(entry) + "\n" for entry in good))
         # A resume goes over some positions again, maybe on another rank.
-        self._listed = {int(entry["position"]) for entry in self._entries() if "position" in entry}
+        self._listed = {entry["position"] for entry in self._samples()}
         self._shards = {str(entry["shard"]) for entry in self._entries() if "shard" in entry}
 
     def add(self, batch: Batch) -> None:
@@ -63,8 +69,7 @@ class Quarantine:
         few = substituted < _LEAST and self.limit > 0
         if not substituted or few or substituted <= allowed + 3 * allowed**0.5:
             return
-        entries = [entry for entry in self._entries() if "position" in entry]
-        shown = "; ".join(f"{entry['key']}: {entry['reason']}" for entry in entries[-3:])
+        shown = "; ".join(f"{entry['key']}: {entry['reason']}" for entry in [*self._samples()][-3:])
         raise UserError(
             f"{substituted:,} of {seen:,} samples ({substituted / max(seen, 1):.2%}) could not be read, more than "
             f"data.bad_limit {self.limit:g} allows, among them {shown}; all are listed in {self.folder}: mend or "
@@ -75,21 +80,35 @@ class Quarantine:
         if not entries:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        # Names of files may be no UTF-8: surrogates are kept as escapes, which JSON has.
+        text = "".join(_line(entry) + "\n" for entry in entries)
         with self._file.open("a+b") as file:
             # A crash may have left half a line, which must not spoil the next.
             if file.seek(0, 2) and file.seek(-1, 2) is not None and file.read(1) != b"\n":
                 text = "\n" + text
             file.write(text.encode())
 
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        """The entries that are of samples, whole."""
+        for entry in self._entries():
+            if isinstance(entry.get("position"), int) and {"key", "reason"} <= entry.keys():
+                yield entry
+
     def _entries(self) -> Iterator[dict[str, Any]]:
         """What all ranks have listed, this one's last; lines that a crash cut off are left out."""
         files = sorted(self.folder.glob("rank-*.jsonl"), key=lambda file: (file == self._file, file.name))
         for file in files:
-            for line in file.read_bytes().splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(entry, dict):
-                    yield entry
+            yield from objects(file)[0]
+
+
+def _line(entry: dict[str, object]) -> str:
+    text = json.dumps(entry, ensure_ascii=False)
+    return text if text.isascii() or _writable(text) else json.dumps(entry)
+
+
+def _writable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

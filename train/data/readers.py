@@ -17,9 +17,9 @@ from PIL import Image, UnidentifiedImageError
 
 from train.data.buckets import BucketPlan, Size, assign
 from train.data.example import Example, Substituted
-from train.data.rows import BadSample, ImageIndex, RawRow, sha256
+from train.data.rows import BadSample, ImageIndex, RawRow, no_column, sha256
 from train.data.sampler import index_at
-from train.errors import UserError, nearest
+from train.errors import UserError
 from train.randomness import generator
 
 MAX_PIXELS = 89_478_485
@@ -83,10 +83,7 @@ class ImageDataset:
         for setting, name in settings:
             if name not in index.columns and name != "":
                 without = "; --data.style-column= does without" if setting == "style_column" else ""
-                raise UserError(
-                    f"{index.path} has no column {name!r} ({setting}); its columns are "
-                    f"{', '.join(index.columns)}{nearest(name, index.columns)}{without}"
-                )
+                raise UserError(f"{no_column(index.path, name, setting, index.columns)}{without}")
         self.index, self.height, self.width, self.seed = index, height, width, seed
         self.caption_columns, self.flip, self.shuffle = tuple(caption_columns), flip, shuffle
         self.fast_jpeg = fast_jpeg

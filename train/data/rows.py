@@ -101,10 +101,15 @@ def no_split(path: Path | str, split: str, names: Iterable[str]) -> NoSplitError
     )
 
 
-def no_column(file: Path | str, name: str, setting: str, there: Iterable[str]) -> UserError:
-    """A setting names a column that a file does not have."""
+def no_column(
+    file: Path | str, name: str, setting: str, there: Iterable[str], nested: Mapping[str, str] | None = None
+) -> UserError:
+    """A setting names a column that a file does not have, or (`nested` says what it is) one of lists or objects."""
+    if nested and name in nested:
+        return UserError(f"{file}: column {name!r} ({setting}) holds {nested[name]}, not text; write one text a row")
     near = nearest(name, there := list(there))
-    return UserError(f"{file} has no column {name!r} ({setting}); its columns are {', '.join(there)}{near}")
+    columns = f"its columns are {', '.join(there)}{near}" if there else "it has no column of text, numbers or booleans"
+    return UserError(f"{file} has no column {name!r} ({setting}); {columns}")
 
 
 def size_of_cells(cells: Mapping[str, Any], width: str, height: str) -> tuple[int, int]:
@@ -123,6 +128,11 @@ def is_plain(value: object) -> bool:
     return not isinstance(value, dict | list)
 
 
+def kind_of(value: object) -> str:
+    """What a JSON value that is not plain is."""
+    return "a list" if isinstance(value, list) else "an object"
+
+
 def listing(names: Iterable[str]) -> str:
     """The first four of some names, and how many more there are."""
     listed = sorted(names)
@@ -131,7 +141,8 @@ def listing(names: Iterable[str]) -> str:
 
 def sha256(parts: Iterable[str]) -> str:
     """SHA-256 (hex) of lines of text."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    # A file's name may be no UTF-8, and then comes with its bytes as surrogates.
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
 def short(error: Exception) -> str:

@@ -1,7 +1,9 @@
 """The data section of a recipe; no torch here, see train/recipes.py."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from prx_model.ranges import Range
 
 
 @dataclass(frozen=True)
@@ -13,8 +15,8 @@ class Data:
     path: str = ""
     """Folder of parquet or tar files, or of pictures with a captions.jsonl; or a/shard-{000..127}.tar, http(s)://… too.
     """
-    height: int = 512
-    width: int = 512
+    height: Annotated[int, Range(1, 65_536)] = 512
+    width: Annotated[int, Range(1, 65_536)] = 512
     image_column: str = "image"
     caption_columns: tuple[str, ...] = ("caption",)
     """One of them is drawn at each visit."""
@@ -22,7 +24,7 @@ class Data:
     """Column whose value selects a caption's prefix."""
     style_prefixes: tuple[str, ...] = ()
     """Entries "value=prefix" for `style_column`."""
-    flip: float = 0.0
+    flip: Annotated[float, Range(0, 1)] = 0.0
     """Probability of a mirrored picture."""
     buckets: bool = False
     """Pictures keep about their shape: aspect-ratio buckets of about height x width, one a step."""
@@ -30,13 +32,13 @@ class Data:
     """Columns with the pictures' sizes, which need not be read from them then."""
     fast_jpeg: bool = False
     """JPEGs twice too large and more are shrunk by their decoder: less sharp than Lanczos, 3 to 5 times as fast."""
-    bad_limit: float = 0.01
+    bad_limit: Annotated[float, Range(0, 1)] = 0.01
     """Share of samples that cannot be read, above which a run stops; others take their places. 0 stops at the first."""
     index_cache: str = ""
     """Folder that keeps what was read from tar headers and pictures' sizes, for the next start and the other ranks."""
-    timeout: float = 20.0
+    timeout: Annotated[float, Range(0, 1_000_000, above=True)] = 20.0
     """Seconds that a server (http, https) may be silent."""
-    tries: int = 8
+    tries: Annotated[int, Range(1, 1_000)] = 8
     """Requests of the same bytes, with growing pauses, before a run stops."""
-    workers: int = 0
+    workers: Annotated[int, Range(0, 1_024)] = 0
     """Processes that read and decode; 0 does it between steps."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from train.errors import UserError
 from train.recipes import Text
+from train.side_files import parse_json
 
 Storage = Literal["bf16", "fp8", "int8"]
 _DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -313,7 +314,7 @@ def _read_manifest(file: Path, encoding: Encoding) -> dict[str, int]:
     if not file.exists():
         return {}
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_bytes())
         there, shards = Encoding(**content["encoding"]), {str(n): int(s) for n, s in content["shards"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, OSError):
         raise UserError(f"{file} is no list of shards; remove it and run train/precompute_text.py again") from None
@@ -336,7 +337,7 @@ def _read_index(
         with safe_open(file, framework="pt") as opened:
             keys, offsets = opened.get_tensor("keys").numpy(), opened.get_tensor("offsets").numpy()
             checksums, shape = opened.get_tensor("checksums").numpy(), opened.get_slice("tokens").get_shape()
-            there = json.loads(opened.metadata()["encoding"])
+            there = parse_json(opened.metadata()["encoding"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(file, str(error)) from None
     name = hashlib.blake2b(keys.tobytes(), digest_size=12).hexdigest()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prx_model.attention import check_backend
 from prx_model.packed_text import PackedText, pack
+from prx_model.ranges import check_ranges
 from prx_model.text import PAD, ByteTower, T5GemmaTower
 from prx_model.transformer import PRXTransformer
 from train.commandline import precompute_command
@@ -96,7 +97,11 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: naming the field.
     """
-    model, data, routing, train = recipe.model, recipe.data, recipe.routing, recipe.train
+    model, data, routing = recipe.model, recipe.data, recipe.routing
+    try:
+        check_ranges(recipe)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     try:
         tokens = model.tokens(data.height, data.width)
     except ValueError as error:
@@ -106,30 +111,8 @@ def check(recipe: Recipe) -> None:
             f"routing runs over blocks {routing.start} to {routing.end} of {tokens} tokens, but the model has blocks "
             f"0 to {model.depth - 1} and routing needs at least 2 tokens; set --routing.end or --routing.no-enabled"
         )
-    if not 0 <= data.bad_limit <= 1:
-        raise UserError(f"data.bad_limit is a share from 0 to 1, got {data.bad_limit:g}")
-    if data.timeout <= 0 or data.tries < 1 or data.workers < 0:
-        raise UserError(
-            "data.timeout must be positive, data.tries at least 1 and data.workers not negative, "
-            f"got {data.timeout:g}, {data.tries} and {data.workers}"
-        )
-    for name, value in (("steps", train.steps), ("batch", train.batch)):
-        if value < 1:
-            raise UserError(f"train.{name} must be at least 1, got {value}")
-    if train.warmup < 0 or train.cooldown < 0 or train.clip <= 0:
-        raise UserError(
-            f"train.warmup and train.cooldown must not be negative and train.clip must be positive, "
-            f"got {train.warmup}, {train.cooldown} and {train.clip}"
-        )
-    if recipe.parallel.micro_batches < 1 or recipe.parallel.timeout <= 0 or train.max_skipped < 1:
-        raise UserError(
-            f"parallel.micro_batches and train.max_skipped must be at least 1 and parallel.timeout positive, got "
-            f"{recipe.parallel.micro_batches}, {train.max_skipped} and {recipe.parallel.timeout:g}"
-        )
     if recipe.repa.enabled and not 0 <= recipe.repa.layer < model.depth:
         raise UserError(f"repa.layer {recipe.repa.layer} must be a block of the model, 0 to {model.depth - 1}")
-    if recipe.repa.enabled and recipe.repa.projector_layers < 1:
-        raise UserError(f"repa.projector_layers must be at least 1, got {recipe.repa.projector_layers}")
     text = recipe.text
     if text.kind == "bytes" and (text.cache or text.revision):
         raise UserError("text.cache and text.revision are T5Gemma's; give --text.kind t5gemma, or leave them out")

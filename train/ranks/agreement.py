@@ -5,7 +5,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from train.errors import UserError
+from train.errors import UserError, of_the_system
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
@@ -31,8 +31,10 @@ def on_first(function: Callable[[], T], group: Group) -> T:
     if group is None or dist.get_rank(group) == 0:
         try:
             outcome[0] = function()
-        except (UserError, OSError) as error:
+        except UserError as error:
             outcome[1] = str(error)
+        except OSError as error:
+            outcome[1] = of_the_system(error)
     if group is not None:
         dist.broadcast_object_list(outcome, src=dist.get_global_rank(group, 0), group=group)
     if outcome[1] is not None:

@@ -5,12 +5,13 @@ or torchrun's `--max-restarts`, goes on from the last checkpoint.
 """
 
 import faulthandler
+import math
 import signal
 import sys
 import time
 from collections import deque
+from dataclasses import replace
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,10 +63,15 @@ class StopSignals:
             raise KeyboardInterrupt
         self.asked = True
 
-    def check(self) -> None:
-        """Raise `Interrupted` on all ranks where one of them was asked to stop. Every rank must call it."""
-        if agree([int(self.asked)], self.world)[0]:
+    def check(self, told: int = 0) -> int:
+        """Raise `Interrupted` on all ranks where one of them was asked to stop. Every rank must call it.
+
+        Gives the largest number that any rank tells, so that one agreement a step serves two ends.
+        """
+        asked, most = agree([int(self.asked), told], self.world)
+        if asked:
             raise Interrupted
+        return most
 
 
 class Watchdog:
@@ -93,17 +99,35 @@ class Watchdog:
 
 
 class SkippedSteps:
-    """Knows the samples of the last steps, and stops a run in which `limit` steps in a row were skipped."""
+    """Knows the samples of the last steps, and stops a run in which `limit` steps in a row were skipped.
+
+    The count of skipped steps travels to the host beside the steps: it is known a few of them later, and nobody waits.
+    """
 
     def __init__(self, limit: int, world: World) -> None:
         self.limit, self.world = limit, world
         self._last: deque[tuple[int, Batch, Tensor]] = deque(maxlen=limit)
+        self._under_way: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
 
-    def remember(self, step: int, batch: Batch, losses: Tensor) -> None:
-        """Keep what names a step's samples; nothing is read from the device."""
-        self._last.append((step, Batch(batch.image[:0], batch.captions, batch.positions, batch.host_positions), losses))
+    def remember(self, step: int, batch: Batch, losses: Tensor, in_a_row: Tensor) -> None:
+        """Keep what names a step's samples and send for the count of steps skipped in a row; nothing is waited for."""
+        image, positions = batch.image[:0], batch.host_positions
+        self._last.append((step, replace(batch, image=image, positions=positions), losses))
+        event = torch.cuda.Event() if in_a_row.is_cuda else None
+        count = torch.empty_like(in_a_row, device="cpu", pin_memory=event is not None)
+        count.copy_(in_a_row, non_blocking=True)
+        if event is not None:
+            event.record()
+        self._under_way.append((count, event))
 
-    def check(self, in_a_row: int, dataset: Any) -> None:
+    def arrived(self) -> int:
+        """The most steps skipped in a row by what has reached the host since the last call; 0 where nothing has."""
+        most = 0
+        while self._under_way and ((event := self._under_way[0][1]) is None or event.query()):
+            most = max(most, int(self._under_way.popleft()[0]))
+        return most
+
+    def check(self, in_a_row: int) -> None:
         """Stop where too many steps in a row were skipped. Every rank must call it with the same number.
 
         Raises:
@@ -111,24 +135,24 @@ class SkippedSteps:
         """
         if in_a_row < self.limit:
             return
-        bad, seen = [], []
-        for step, batch, losses in self._last:
-            for position, loss in zip(batch.host_positions.tolist(), losses.tolist(), strict=True):
-                seen.append((step, position))
-                if not torch.isfinite(torch.tensor(loss)):
-                    bad.append((step, position, dataset[position].key))
+        bad = [
+            (step, position, key)
+            for step, batch, losses in self._last
+            for position, key, loss in zip(batch.host_positions.tolist(), batch.keys, losses.tolist(), strict=True)
+            if not math.isfinite(loss)
+        ]
         found = [bad]
         if self.world.size > 1:
             found = [[] for _ in range(self.world.size)]
             dist.all_gather_object(found, bad)
         named = [f"{key} (position {position}, step {step})" for part in found for step, position, key in part]
-        shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+        listed = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
         first, last = self._last[0][0], self._last[-1][0]
         raise UserError(
             f"the gradient of the last {in_a_row} steps was not finite, so they were skipped, and train.max_skipped is "
             f"{self.limit}; "
             + (
-                f"samples with a loss that is not finite: {shown}"
+                f"samples with a loss that is not finite: {listed}"
                 if named
                 else f"every loss of steps {first} to {last} is finite, so the gradient is lost on the way back: "
                 "try --train.precision fp32 or a lower learning rate"

@@ -10,8 +10,11 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from prx_model.ranges import check_ranges
+from train import shown
 from train.errors import UserError
 from train.recipes import Recipe
+from train.side_files import parse_json, write_whole
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -42,15 +45,19 @@ _SHOWN = 8
 """Differences that a message lists."""
 
 
+class DamagedConfigError(UserError):
+    """A config.json that is no JSON object: a crash has cut it, or a disk."""
+
+
 def run_folder(recipe: Recipe) -> Path:
     """The folder of a recipe's run."""
     return Path(recipe.output.folder) / (recipe.output.name or recipe.preset)
 
 
 def write_config(folder: Path, recipe: Recipe) -> None:
-    """Write the recipe as config.json."""
+    """Write the recipe as config.json, without what addresses hold of secrets: checkpoints are shared."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    write_whole(folder / CONFIG, json.dumps(shown.settings(asdict(recipe)), indent=2) + "\n")
 
 
 def read_config(folder: Path) -> Recipe:
@@ -58,13 +65,20 @@ def read_config(folder: Path) -> Recipe:
 
     Raises:
         UserError: there is none, or it is not a recipe.
+        DamagedConfigError: it is no JSON.
     """
     path = folder / CONFIG
     try:
-        return _build(Recipe, json.loads(path.read_text()))
+        content = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{folder} has no {CONFIG}: it is neither a run's folder nor a checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError, KeyError, OSError) as error:
+    except ValueError as error:
+        raise DamagedConfigError(f"{path} is damaged: it is empty, cut or no JSON ({error})") from None
+    try:
+        recipe = _build(Recipe, content)
+        check_ranges(recipe)
+        return recipe
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} is not a recipe of this version ({error}); start a new run with --output.name"
         ) from None
@@ -76,14 +90,14 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
     Raises:
         UserError: naming the fields that differ, model, data and seed first.
     """
-    before, now = dict(_flat(asdict(read_config(folder)))), dict(_flat(asdict(recipe)))
+    before, now = (dict(_flat(shown.settings(asdict(each)))) for each in (read_config(folder), recipe))
     names = [n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and not n.startswith(_FREE)]
     if names:
         names.sort(key=lambda name: (not name.startswith(_FIRST), name))
         changed = [f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in names]
-        shown = ", ".join(changed[:_SHOWN]) + (f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
+        listed = ", ".join(changed[:_SHOWN]) + (f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
         raise UserError(
-            f"{folder} holds a run with other settings ({shown}); give this one its own --output.name, "
+            f"{folder} holds a run with other settings ({listed}); give this one its own --output.name, "
             "start the old command again to go on, or add --force to go on all the same"
         )
 
@@ -102,8 +116,8 @@ def check_same_data(folder: Path, path: str, before: str | None, now: str) -> No
     """
     if before != now:
         raise UserError(
-            f"the data at {path} (fingerprint {now}) are not those that {folder} was trained on ({before}); give the "
-            "old data, start a new run with --output.name, or add --force to go on all the same"
+            f"the data at {shown.address(path)} (fingerprint {now}) are not those that {folder} was trained on "
+            f"({before}); give the old data, start a new run with --output.name, or add --force to go on all the same"
         )
 
 

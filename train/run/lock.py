@@ -12,6 +12,7 @@ import weakref
 from pathlib import Path
 
 from train.errors import UserError
+from train.side_files import parse_json
 
 LOCK = "lock"
 BEAT_SECONDS = 5.0
@@ -103,7 +104,7 @@ class RunLock:
     def _holder(self) -> dict[str, str | int]:
         """Who wrote last. Opened anew each time: that is when a network filesystem looks for news."""
         try:
-            content = json.loads(self.path.read_bytes() or b"{}")
+            content = parse_json(self.path.read_bytes() or b"{}")
         except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}

@@ -1,9 +1,13 @@
 """What a run tells: metrics.jsonl and TensorBoard events in its folder, one progress display on the console."""
 
+import errno
 import json
 import math
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,44 +17,81 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from train.errors import UserError
 from train.run.folder import METRICS
+from train.shown import address, printable, tell
+from train.side_files import objects, set_aside, write_whole
 
 _PLAIN_SECONDS = 10.0
 """Between two lines where the console is no terminal."""
 
 
 class Metrics:
-    """Writes scalars to metrics.jsonl and TensorBoard; silent on ranks other than 0."""
+    """Writes scalars to metrics.jsonl and TensorBoard; silent on ranks other than 0.
+
+    A disk that takes nothing is a warning the first time, and stops the run the second time in a row.
+    """
 
     def __init__(self, folder: Path, *, enabled: bool) -> None:
-        self.enabled = enabled
+        self.enabled, self.path, self._failed = enabled, folder / METRICS, False
         if enabled:
             from torch.utils.tensorboard import SummaryWriter
 
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / METRICS).open("a", buffering=1)
+            # Not buffered: what could not be written must not come again, half, when the file is closed.
+            self._file = self.path.open("ab", buffering=0)
             self._board = SummaryWriter(str(folder))
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write values of a step; keys like "train/loss". What is not finite is no JSON, and is left out."""
+        """Write values of a step; keys like "train/loss". What is not finite is no JSON, and is left out.
+
+        Raises:
+            UserError: the disk takes nothing, for the second time in a row.
+        """
         if not self.enabled:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n"
+        with self._allowed_to_fail_once():
+            self._append(line.encode())
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """Show a picture from disk in TensorBoard."""
+        """Show a picture from disk in TensorBoard; errors as in `log`."""
         if self.enabled:
-            with Image.open(path) as opened:
+            with self._allowed_to_fail_once(), Image.open(path) as opened:
                 self._board.add_image(name, np.asarray(opened.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close both files; a disk that is full now has been told of."""
         if self.enabled:
             self._file.close()
-            self._board.close()
+            with suppress(OSError):
+                self._board.close()
+
+    def _append(self, line: bytes) -> None:
+        """Add a line, or nothing of it."""
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(before)
+            raise
+
+    @contextmanager
+    def _allowed_to_fail_once(self) -> Iterator[None]:
+        try:
+            yield
+            self._failed = False
+        except OSError as error:
+            sentence = f"{self.path} cannot be written ({error.strerror or error}); make room on its disk"
+            if self._failed:
+                raise UserError(f"{sentence} and start the same command again") from None
+            self._failed = True
+            tell(f"warning: {sentence}: the run stops when it fails again")
 
 
 def drop_metrics_after(folder: Path, step: int) -> None:
@@ -58,14 +99,11 @@ def drop_metrics_after(folder: Path, step: int) -> None:
     path = folder / METRICS
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue  # A line cut by a kill says nothing.
-    path.write_text("".join(line + "\n" for line in kept))
+    lines, bad = objects(path)
+    if bad:
+        tell(f"warning: {set_aside(path, bad)}")
+    kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 class Display:
@@ -118,4 +156,4 @@ class Display:
     def say(self, message: str) -> None:
         """Print a line above the progress display."""
         if self.enabled:
-            self.console.print(message, markup=False, soft_wrap=True)
+            self.console.print(printable(address(message)), markup=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from train.data.text_cache import MEAN_TOKENS, cache_bytes
 from train.learner.build import check
 from train.learner.optimizers import Named, named_parameters, split
 from train.recipes import Recipe, TwoStages
+from train.shown import address, settings
 
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
 """Dense bf16 rate on the data sheet, TFLOP/s, by a part of the device's name."""
@@ -118,7 +119,7 @@ def print_plan(recipe: Recipe | TwoStages, assumed: DryRun) -> None:
     Raises:
         UserError: settings that do not fit one another.
     """
-    print(json.dumps(asdict(recipe), indent=2))
+    print(json.dumps(settings(asdict(recipe)), indent=2))
     stages = [recipe] if isinstance(recipe, Recipe) else [recipe.stage1, recipe.stage2]
     total = sum(_print_stage(stage, assumed) for stage in stages)
     if len(stages) > 1:
@@ -186,7 +187,7 @@ def text_cache_line(recipe: Recipe) -> str:
         data = replace(recipe.data, buckets=False)  # only rows are counted
         sets = [open_dataset(data, recipe.train.seed, 1), open_validation(data, 1)]
         rows = sum(len(images) for images in sets if isinstance(images, ImageDataset))
-        captions, source = rows * len(recipe.data.caption_columns), f"those of {recipe.data.path}"
+        captions, source = rows * len(recipe.data.caption_columns), f"those of {address(recipe.data.path)}"
     width, storage = recipe.model.context_in_dim, recipe.text.storage
     size = cache_bytes(captions, width, storage)
     padded = cache_bytes(captions, width, storage, recipe.text.max_tokens)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from train.checkpoint import checkpointer as checkpoint
 from train.checkpoint.checkpointer import Tensors
+from train.checkpoint.state import need
 from train.errors import UserError
 from train.ranks.agreement import Group
 from train.recipes import Recipe
@@ -34,4 +35,5 @@ def carry_over(previous: Path, tensors: Tensors, group: Group = None) -> int:
     if found is None:
         raise UserError(f"{previous} has no whole checkpoint to start the next stage from")
     checkpoint.load_into(found, tensors, group, dropped=DROPPED)
-    return int(found.state["position"])
+    (position,) = need(found.folder, found.state, "position")
+    return int(position)

@@ -12,6 +12,7 @@ from train.errors import UserError
 from train.learner.build import Modules, build
 from train.recipes import Recipe
 from train.run.folder import CHECKPOINTS, CONFIG, read_config
+from train.shown import tell
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def _find(path: Path, names: tuple[str, ...]) -> tuple[checkpoint.Saved, Path]:
                 messages.append(str(error))
                 continue
             for message in messages:
-                print(f"warning: {message}; taking the checkpoint before it", file=sys.stderr)
+                tell(f"warning: {message}; taking the checkpoint before it", file=sys.stderr)
             return found
         raise UserError(
             "; ".join(messages) or f"{path} has no complete checkpoint yet; let the run go on until it saves"

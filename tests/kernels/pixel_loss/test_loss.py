@@ -255,6 +255,9 @@ TOKENS, IMAGE = (x.detach() for x in case())
         (lambda: x_prediction_loss(TOKENS, IMAGE, T[:2], 4), ValueError, r"t \(4,\), got .* and \(2,\)"),
         (lambda: x_prediction_loss(TOKENS, IMAGE.long(), T, 4), TypeError, "floating or uint8, got .* torch.int64"),
         (lambda: x_prediction_loss(TOKENS.byte(), IMAGE, T, 4), TypeError, "tokens must be floating"),
+        (lambda: x_prediction_loss(TOKENS, IMAGE.to("meta"), T, 4), ValueError, "one device, got cpu, meta and cpu"),
+        (lambda: x_prediction_loss(TOKENS.to("meta"), IMAGE, T, 4), ValueError, "one device, got meta, cpu and cpu"),
+        (lambda: x_prediction_loss(TOKENS, IMAGE, T.to("meta"), 4), ValueError, "one device, got cpu, cpu and meta"),
     ],
 )
 def test_errors_are_one_sentence(call, error, message):

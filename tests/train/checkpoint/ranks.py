@@ -35,7 +35,7 @@ def truth() -> Tensors:
         for dtype in DTYPES:
             values = torch.randn(shape, generator=source) * 100
             model[f"{name}.{dtype}".replace("torch.", "")] = values.to(dtype) if dtype != torch.bool else values > 0
-    model["odd_floats"] = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
+    model["odd_floats"] = torch.tensor([-0.0, 1e-45, torch.finfo(torch.float32).max])
     model["scalar"], model["count"] = torch.tensor(2.5), torch.tensor(7, dtype=torch.int64)
     optimizer = {"even/momentum_buffer": torch.randn(4, 6, generator=source), "even/step": torch.tensor(3.0)}
     return {"model": model, "optimizer": optimizer}

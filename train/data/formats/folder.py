@@ -1,7 +1,6 @@
 """Picture files named by the lines of JSONL files."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from train.data.rows import (
     BadSample,
     RawRow,
     is_plain,
+    kind_of,
     no_column,
     no_split,
     row_split,
@@ -24,6 +24,7 @@ from train.data.rows import (
 )
 from train.data.sizes import side_by_side, size_of_file
 from train.errors import UserError
+from train.side_files import parse_json
 
 _FILE_FIELDS = ("file_name", "file", "image", "path")
 _FILES_CHECKED = 100
@@ -41,7 +42,7 @@ class FolderIndex:
         self._text = [file.read_bytes() for file in files]
         lines: list[tuple[int, int, int, int]] = []
         pictures: list[Path] = []
-        described, columns = [f"jsonl {split}"], dict[str, None]()
+        described, columns, nested = [f"jsonl {split}"], dict[str, None](), dict[str, str]()
         for number, file in enumerate(files):
             default, before = split_in_path(file.relative_to(path)) or "train", len(lines)
             for line, start, end in _lines(self._text[number]):
@@ -49,13 +50,14 @@ class FolderIndex:
                 if row_split(entry.get(SPLIT_COLUMN), default) != split:
                     continue
                 columns.update(dict.fromkeys(name for name, value in entry.items() if is_plain(value)))
+                nested |= {name: kind_of(value) for name, value in entry.items() if not is_plain(value)}
                 lines.append((number, line, start, end))
                 if len(lines) <= _FILES_CHECKED:
                     pictures.append(self._named(number, line, entry))
             if len(lines) > before:
                 digest = hashlib.sha256(self._text[number]).hexdigest()
                 described.append(f"{file.relative_to(path).as_posix()} {digest} {len(lines) - before}")
-        if not any(self._text):
+        if not any(text.strip() for text in self._text):
             raise UserError(f"{files[0]} is empty; write one JSON object a line, with file_name and a caption")
         if not lines:
             raise no_split(path, split, (file.relative_to(path).as_posix() for file in files))
@@ -63,7 +65,7 @@ class FolderIndex:
             raise UserError(f"{files[lines[0][0]]}:{lines[0][1]}: {_missing(pictures[0])}")
         for name in captions:
             if name not in columns:
-                raise no_column(files[lines[0][0]], name, "caption_columns", columns)
+                raise no_column(files[lines[0][0]], name, "caption_columns", columns, nested)
         self.columns, self.fingerprint = tuple(columns), sha256(described)
         self._lines = np.array(lines, dtype=np.int64)
         self.problems: tuple[str, ...] = ()
@@ -107,7 +109,7 @@ class FolderIndex:
 
     def _entry(self, number: int, line: int, start: int, end: int) -> dict[str, Any]:
         try:
-            entry = json.loads(self._text[number][start:end])
+            entry = parse_json(self._text[number][start:end])
         except ValueError as error:
             where = f"{self._files[number]}:{line}"
             raise UserError(f"{where}: this line is no JSON ({short(error)}); mend or remove it") from error

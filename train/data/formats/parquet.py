@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from train.data.formats.storage import MissingFile, Storage, is_url, without_query
+from train.data.formats.storage import MissingFile, Storage, is_url
 from train.data.rows import (
     SPLIT_COLUMN,
     BadSample,
     RawRow,
+    listing,
     no_column,
     no_split,
     row_split,
@@ -28,6 +29,7 @@ from train.data.rows import (
 )
 from train.data.sizes import side_by_side, size_of_file, upright_size
 from train.errors import UserError
+from train.shown import address
 
 _KEEP_BYTES = 1 << 30
 """Row groups that a process has read stay in memory up to this size; those not used for longest go first."""
@@ -57,15 +59,17 @@ class ParquetIndex:
         chosen: list[NDArray[np.int64]] = []
         described, columns, total, size = [f"parquet {split}"], dict[str, None](), 0, 0
         problems: list[str] = []
+        rows_seen = 0
         for name, file in (named or files).items():
             try:
                 opened = _open_parquet(file, storage)
                 # A file that was itself given as the path is meant, whatever it is called.
-                default = "train" if len(files) == 1 and str(path) == without_query(file) and split == "train" else None
+                default = "train" if len(files) == 1 and str(path) == address(file) and split == "train" else None
                 mask = _rows_of_split(file, opened, split, default or split_in_path(Path(name)) or "train")
             except BadSample as error:
                 problems.append(f"{error}; it is left out")
                 continue
+            rows_seen += opened.metadata.num_rows
             if not mask.any():
                 continue
             _check_columns(file, opened.schema_arrow, image_column, captions)
@@ -84,6 +88,8 @@ class ParquetIndex:
             described.append(f"{name} {storage.size(file)} {opened.metadata.num_rows} {chosen[-1].size}")
         if problems and len(problems) == len(named or files):
             raise UserError(problems[0].removesuffix("; it is left out"))
+        if not chosen and not rows_seen:
+            raise UserError(f"{path} has no rows: {listing((named or files).keys())} hold columns and nothing in them")
         if not chosen:
             raise no_split(path, split, (named or files).keys())
         self.columns, self.problems = tuple(columns), tuple(problems)
@@ -104,7 +110,7 @@ class ParquetIndex:
         if self._reader is None or self._reader.pid != os.getpid():
             self._reader = _GroupReader((self._image, *self.columns), self._keep, self._storage)
         table = self._reader.table(self._files[file], group)
-        cells = {name: table.column(name)[position - start].as_py() for name in table.column_names}
+        cells = {name: _as_python(table.column(name)[position - start]) for name in table.column_names}
         where = f"{self._names[file]} row {position - first}"
         key = f"{where} ({cells['key']})" if cells.get("key") not in (None, "") else where
         return RawRow(
@@ -123,7 +129,7 @@ class ParquetIndex:
         for file, first, start, positions, table in self._walk(self.columns):
             if table is None:
                 continue
-            cells = {column: table.column(column).to_pylist() for column in table.column_names}
+            cells = {column: _as_list(table.column(column)) for column in table.column_names}
             for position in positions:
                 row = {name: cells[name][position - start] if name in cells else None for name in self.columns}
                 yield RawRow(b"", row, f"{self._names[file]} row {position - first}")
@@ -135,11 +141,11 @@ class ParquetIndex:
         for file, _, start, positions, table in self._walk((width, height) if told else (self._image,)):
             rows = [position - start for position in positions]
             if table is not None and told:
-                cells = {name: table.column(name).to_pylist() for name in table.column_names}
+                cells = {name: _as_list(table.column(name)) for name in table.column_names}
                 sizes = [size_of_cells({name: cells[name][n] for name in cells}, width, height) for n in rows]
             elif table is not None:
                 folder, column = Path(self._files[file]).parent, table.column(self._image)
-                sizes = list(side_by_side(partial(_cell_size, folder), (column[n].as_py() for n in rows)))
+                sizes = list(side_by_side(partial(_cell_size, folder), (_as_python(column[n]) for n in rows)))
             if table is not None and rows:
                 found[at : at + len(rows)] = sizes
             at += len(rows)
@@ -193,6 +199,21 @@ class ParquetIndex:
         return {**self.__dict__, "_reader": None}
 
 
+def _as_python(cell: Any) -> Any:
+    """A cell's value; None where its bytes are no value of its type (text that is no UTF-8)."""
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError):
+        return None
+
+
+def _as_list(column: Any) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except (ValueError, OverflowError):
+        return [_as_python(cell) for cell in column]
+
+
 def _value(cell: object) -> object:
     return (cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell
 
@@ -233,9 +254,9 @@ class _GroupReader:
         try:
             names = [name for name in opened.schema_arrow.names if name in self._columns]
             return opened.read_row_group(group, columns=names, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise BadSample(
-                f"{without_query(file)}: row group {group} cannot be read ({short(error)}); copy it again"
+                f"{address(file)}: row group {group} cannot be read ({short(error)}); copy it again"
             ) from error
 
 
@@ -245,21 +266,21 @@ def _open_parquet(file: Path | str, storage: Storage) -> pq.ParquetFile:
         return pq.ParquetFile(storage.open(file), pre_buffer=True) if is_url(file) else pq.ParquetFile(file)
     except MissingFile as error:
         raise BadSample(str(error)) from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         empty = not is_url(file) and Path(file).exists() and not storage.size(file)
         what = "is empty (0 bytes)" if empty else "is no readable parquet file"
-        raise BadSample(f"{without_query(file)} {what} ({short(error)}); copy it again or remove it") from error
+        raise BadSample(f"{address(file)} {what} ({short(error)}); copy it again or remove it") from error
 
 
 def _check_columns(file: Path | str, schema: pa.Schema, image_column: str, caption_columns: Sequence[str]) -> None:
     for name, setting in ((image_column, "image_column"), *((name, "caption_columns") for name in caption_columns)):
         if name not in schema.names:
-            raise no_column(file, name, setting, schema.names)
+            raise no_column(address(file), name, setting, schema.names)
         kind = schema.field(name).type
         if setting == "image_column" and not _is_picture(kind):
-            raise UserError(f"{file}: column {name!r} (image_column) holds {kind}, not encoded picture bytes")
+            raise UserError(f"{address(file)}: column {name!r} (image_column) holds {kind}, not encoded picture bytes")
         if setting == "caption_columns" and not _is_text(kind):
-            raise UserError(f"{file}: column {name!r} (caption_columns) holds {kind}, not text")
+            raise UserError(f"{address(file)}: column {name!r} (caption_columns) holds {kind}, not text")
 
 
 def _rows_of_split(file: Path | str, opened: pq.ParquetFile, split: str, default: str) -> NDArray[np.bool_]:
@@ -269,10 +290,8 @@ def _rows_of_split(file: Path | str, opened: pq.ParquetFile, split: str, default
         return np.full(opened.metadata.num_rows, default == split)
     try:
         column = opened.read(columns=[SPLIT_COLUMN], use_threads=False).column(0)
-    except (pa.ArrowException, OSError) as error:
-        raise BadSample(
-            f"{without_query(file)}: column 'split' cannot be read ({short(error)}); copy it again"
-        ) from error
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise BadSample(f"{address(file)}: column 'split' cannot be read ({short(error)}); copy it again") from error
     encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
     values = [*encoded.dictionary.to_pylist(), None]
     wanted: NDArray[np.bool_] = np.array([row_split(value, default) == split for value in values])

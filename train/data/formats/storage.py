@@ -5,6 +5,7 @@ in one sentence. Local files go straight to the operating system.
 """
 
 import io
+import math
 import os
 import re
 import threading
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 from train.data.rows import short
 from train.errors import UserError
+from train.shown import address
 
 _FILES_OPEN = 64
 _BUFFER = 1 << 16
@@ -28,6 +30,8 @@ _PASSING = {408, 425, 429, 500, 502, 503, 504}
 _WHOLE_BYTES = 1 << 28
 """Largest file that is kept whole in memory where a server knows no ranges."""
 _CHUNK = 1 << 16
+_MOST_NAMES = 1_000_000
+"""That a brace pattern may stand for."""
 
 
 class StorageError(UserError):
@@ -40,22 +44,24 @@ class MissingFile(StorageError):
 
 def is_url(path: Path | str) -> bool:
     """Whether a path is an http or https address."""
-    return str(path).startswith(("http://", "https://"))
-
-
-def without_query(place: Path | str) -> str:
-    """A path, or an address without what follows "?": that may be a signature, which belongs in no message."""
-    return str(place).partition("?")[0] if is_url(place) else str(place)
+    return str(path).lower().startswith(("http://", "https://"))
 
 
 def expand(pattern: str) -> list[str]:
     """All names of a brace pattern: "a-{008..010}.tar" and "{a,b}.parquet"; bounds keep their leading zeros.
 
-    Raises UserError for braces that are neither a range nor a list.
+    In an address those of its path only: in credentials and behind "?" they are what they are.
+    Raises UserError for braces that are neither a range nor a list, or for more than a million names.
     """
-    parts: list[list[str]] = []
-    for text, braces in re.findall(r"([^{}]+)|\{([^{}]*)\}", pattern):
+    head, path, query = re.fullmatch(r"(\w+://(?:[^/?#]*@)?)?([^?#]*)(.*)", pattern, re.DOTALL).groups()  # type: ignore[union-attr]
+    if not head:
+        head, path, query = "", pattern, ""
+    parts: list[list[str]] = [[head]]
+    for text, braces in re.findall(r"([^{}]+)|\{([^{}]*)\}", path):
         parts.append([text] if text else _alternatives(braces, pattern))
+    parts.append([query])
+    if math.prod(map(len, parts)) > _MOST_NAMES:
+        raise UserError(f"{address(pattern)} stands for more than {_MOST_NAMES:,} files; give fewer a run")
     return ["".join(chosen) for chosen in product(*parts)]
 
 
@@ -63,11 +69,15 @@ def _alternatives(braces: str, pattern: str) -> list[str]:
     bounds = re.fullmatch(r"(\d+)\.\.(\d+)", braces)
     if bounds is None:
         if "," not in braces:
-            raise UserError(f"{{{braces}}} in {pattern} is neither a range as {{000..127}} nor a list as {{a,b}}")
+            raise UserError(
+                f"{{{braces}}} in {address(pattern)} is neither a range as {{000..127}} nor a list as {{a,b}}"
+            )
         return braces.split(",")
     first, last = bounds.groups()
     if int(first) > int(last):
-        raise UserError(f"{{{braces}}} in {pattern} runs backwards; write {{{last}..{first}}}")
+        raise UserError(f"{{{braces}}} in {address(pattern)} runs backwards; write {{{last}..{first}}}")
+    if int(last) - int(first) >= _MOST_NAMES:
+        raise UserError(f"{{{braces}}} in {address(pattern)} stands for more than {_MOST_NAMES:,} files")
     return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
 
 
@@ -142,7 +152,7 @@ class Storage:
                 retry = retry.increment("GET", url, error=OSError(reason))
             except MaxRetryError:
                 raise StorageError(
-                    f"{without_query(url)} could not be read in {self.tries} tries (last: {reason}); look after the "
+                    f"{address(url)} could not be read in {self.tries} tries (last: {reason}); look after the "
                     "server and the network and start the same command again, or raise --data.tries and --data.timeout"
                 ) from None
             retry.sleep()
@@ -155,31 +165,50 @@ class Storage:
             .pool()
             .request(
                 "GET",
-                url,
-                headers={"Range": f"bytes={start}-{start + length - 1}", "Accept-Encoding": "identity"},
+                _without_credentials(url),
+                headers={
+                    "Range": f"bytes={start}-{start + length - 1}",
+                    "Accept-Encoding": "identity",
+                    **_authorization(url),
+                },
                 preload_content=False,
+                decode_content=False,
                 retries=Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5, raise_on_redirect=True),
                 timeout=Timeout(connect=self.timeout, read=self.timeout),
             )
         )
         # A server that drips bytes never meets the time limit between two of them.
-        expected = int(response.headers.get("Content-Length") or length)
+        told = response.headers.get("Content-Length", "")
+        expected = int(told) if re.fullmatch(r"\d{1,18}", told) else length
+        # Whatever the header says: an answer that is longer than what was asked for is not read to its end.
+        most = {206: length, 200: _WHOLE_BYTES}.get(response.status, _CHUNK)
         deadline = time.monotonic() + self.timeout + expected / _SLOWEST
         parts: list[bytes] = []
         try:
             if response.status == 200 and expected > _WHOLE_BYTES:
                 raise StorageError(
-                    f"the server of {without_query(url)} knows no range requests and the file has {expected:,} bytes; "
+                    f"the server of {address(url)} knows no range requests and the file has {expected:,} bytes; "
                     "serve it from one that does"
                 )
             while part := response.read1(_CHUNK):
                 parts.append(part)
+                most -= len(part)
+                if most < 0 and response.status in (200, 206):
+                    raise StorageError(
+                        f"the server of {address(url)} answers more than the {length:,} bytes asked for; "
+                        "serve it from one that knows range requests"
+                    )
+                if most < 0:
+                    break
                 if time.monotonic() > deadline:
                     raise OSError(f"stalled: slower than {_SLOWEST // 1024} KiB a second")
         except BaseException:
             response.close()
             raise
-        response.release_conn()
+        if most < 0:
+            response.close()  # the rest of it is not wanted, and the connection cannot be used again
+        else:
+            response.release_conn()
         return response, b"".join(parts)
 
     def _answer(self, url: str, start: int, length: int, response: Any, body: bytes) -> bytes:
@@ -190,11 +219,11 @@ class Storage:
             size = int(whole[1])
             if sizes.setdefault(url, size) != size:
                 raise StorageError(
-                    f"{without_query(url)} has changed while it was read ({sizes[url]} to {size} bytes); start again"
+                    f"{address(url)} has changed while it was read ({sizes[url]} to {size} bytes); start again"
                 )
             expected = 0 if response.status == 416 else min(length, size - start)
             if expected and len(body) != expected:
-                raise StorageError(f"{without_query(url)} answered {len(body)} bytes where {expected} were asked for")
+                raise StorageError(f"{address(url)} answered {len(body)} bytes where {expected} were asked for")
             return body if expected else b""
         if response.status == 200:
             sizes[url] = len(body)
@@ -202,12 +231,28 @@ class Storage:
             return body[start : start + length]
         kind = MissingFile if response.status in (404, 410) else StorageError
         said = f"HTTP {response.status} {response.reason or ''}".strip()
-        raise kind(f"{without_query(url)} cannot be read ({said}); check the address and whether it may be read")
+        raise kind(f"{address(url)} cannot be read ({said}); check the address and whether it may be read")
+
+
+def _without_credentials(url: str) -> str:
+    """An address as it is asked for: a client that is given credentials quotes them in its errors."""
+    return re.sub(r"^(\w+://)[^/?#]*@", r"\1", url)
+
+
+def _authorization(url: str) -> dict[str, str]:
+    """The header that says the credentials of an address (RFC 7617); nothing where it has none."""
+    from urllib.parse import unquote
+
+    from urllib3.util import make_headers
+
+    found = re.match(r"\w+://([^/?#]*)@", url)
+    return dict(make_headers(basic_auth=unquote(found[1]))) if found else {}
 
 
 def _plain_reason(error: Exception) -> str:
     """What a failed request says, without the library's description of its own objects."""
-    text = short(cast(Exception, getattr(error, "reason", None) or error))
+    text = address(short(cast(Exception, getattr(error, "reason", None) or error)))
+    text = re.sub(r"(url: [^\s?]*)\?\S*", r"\1", text)  # urllib3 names a path with its query, and no host
     return re.sub(r"^<[^>]*>: |^[\w.]*\([^)]*\): ", "", text)
 
 

@@ -15,16 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from train.data.formats.storage import MissingFile, Storage, is_url, without_query
+from train.data.formats.storage import MissingFile, Storage, is_url
 from train.data.rows import (
     BadSample,
     RawRow,
     is_plain,
+    kind_of,
     listing,
     no_column,
     no_split,
@@ -35,6 +36,8 @@ from train.data.rows import (
 )
 from train.data.sizes import upright_size
 from train.errors import UserError
+from train.shown import address
+from train.side_files import parse_json
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "jfif")
 """Last parts of the endings that pictures have."""
@@ -42,6 +45,10 @@ _BLOCK = 512
 _FIRST_SAMPLES = 32
 """Samples of the first shard whose text files and JSON fields say which columns there are."""
 _SHARDS_AT_ONCE = 8
+_LARGEST_HEADER = 1 << 20
+"""Bytes of a long name or of extended attributes in a tar file."""
+_LARGEST_SAMPLE = 1 << 30
+"""Bytes of a sample, which is read whole."""
 
 
 @dataclass
@@ -78,7 +85,7 @@ class TarIndex:
         """
         self.path, self._image, self._storage = path, image_column, storage
         named = {name: file for name, file in files.items() if split_in_path(Path(name))}
-        alone = len(files) == 1 and str(path) == without_query(next(iter(files.values()))) and split == "train"
+        alone = len(files) == 1 and str(path) == address(next(iter(files.values()))) and split == "train"
         wanted = {n: f for n, f in (named or files).items() if alone or (split_in_path(Path(n)) or "train") == split}
         if not wanted:
             raise no_split(path, split, (named or files).keys())
@@ -96,12 +103,13 @@ class TarIndex:
             [f"tar {split}", *(f"{name} {storage.size(file)} {len(spans)}" for name, file, spans in good)]
         )
         columns = dict[str, None]()
-        for _, cells in islice(self._texts(0), _FIRST_SAMPLES):
+        nested: dict[str, str] = {}
+        for _, cells in islice(self._texts(0, nested), _FIRST_SAMPLES):
             columns.update(dict.fromkeys(cells))
         self.columns = tuple(columns)
         for name in captions:
             if name not in columns:
-                raise no_column(without_query(self._files[0]), name, "caption_columns", columns)
+                raise no_column(address(self._files[0]), name, "caption_columns", columns, nested)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -170,11 +178,11 @@ class TarIndex:
                 number += 1
                 yield sample
 
-    def _texts(self, shard: int) -> Iterator[tuple[_Sample, dict[str, Any]]]:
-        """The samples of a shard with the content of their text files; pictures are jumped over."""
+    def _texts(self, shard: int, nested: dict[str, str] | None = None) -> Iterator[tuple[_Sample, dict[str, Any]]]:
+        """The samples of a shard with the content of their text files; pictures are jumped over; see `_cells`."""
         with self._storage.open(self._files[shard]) as file:
             for sample in self._rows(shard, file):
-                yield sample, _cells(sample, lambda at, count: _at(file, at, count))
+                yield sample, _cells(sample, lambda at, count: _at(file, at, count), nested)
 
     def _scan_all(self, files: Sequence[Path | str], cache: Path | None) -> list[tuple[NDArray[np.int64], str]]:
         """Of each shard: start and length of its samples, (n, 2), and what is wrong with it, if anything."""
@@ -189,7 +197,7 @@ class TarIndex:
         try:
             kept = _cache_file(cache, file, self._storage, self._image) if cache else None
             if kept is not None and kept.exists():
-                with np.load(kept) as loaded:
+                with np.load(kept, allow_pickle=False) as loaded:
                     return loaded["spans"], str(loaded["problem"])
             spans, problem = _scan_shard(file, self._storage, self._image)
         except MissingFile as error:
@@ -206,11 +214,16 @@ def _scan_shard(file: Path | str, storage: Storage, image_column: str) -> tuple[
     with storage.open(file) as opened:
         try:
             for sample in _samples(opened, storage.size(file)):
-                if _picture(sample, image_column):
-                    spans.append((sample.start, sample.end - sample.start))
+                if not _picture(sample, image_column):
+                    continue
+                length = sample.end - sample.start
+                if length > _LARGEST_SAMPLE:
+                    problem = f"{address(file)}: {sample.key} has {length:,} bytes, over 1 GiB; it is left out"
+                    continue
+                spans.append((sample.start, length))
         except _DamagedTar as error:
             what = f"its first {len(spans)} samples are read" if spans else "it is left out"
-            problem = f"{without_query(file)} {error}; {what}"
+            problem = f"{address(file)} {error}; {what}"
     return np.array(spans, dtype=np.int64).reshape(-1, 2), problem
 
 
@@ -238,14 +251,37 @@ def _samples(file: BinaryIO, size: int) -> Iterator[_Sample]:
         yield sample
 
 
+class _Headers:
+    """A tar file as tarfile sees it, which reads headers only: one that says it is longer is a trap for memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, count: int) -> bytes:
+        if not 0 <= count <= _LARGEST_HEADER:
+            raise _DamagedTar(f"has a header of {count:,} bytes; copy it again or remove it")
+        return self._read(count)
+
+
 def _members(file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
     if not size:
         raise _DamagedTar("is empty (0 bytes); copy it again or remove it")
     try:
-        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  # the caller closes the file
+        tar = tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:")  # noqa: SIM115  # the caller closes it
+        behind = 0
         while (member := tar.next()) is not None:
+            # What does not move forwards would be read for ever.
+            if member.size < 0 or tar.offset <= behind:
+                raise _DamagedTar(
+                    f"has a member of {member.size:,} bytes at byte {behind:,}; copy it again or remove it"
+                )
+            behind = tar.offset
             yield member
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all of them
+    except RecursionError:
+        raise _DamagedTar("has headers of headers without end; copy it again or remove it") from None
+    except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:  # from tarfile's own parsing
+        raise _DamagedTar(f"is damaged ({short(error)}); copy it again") from None
     except tarfile.TarError as error:
         packed = _at(file, 0, 2) == b"\x1f\x8b"
         what = "is compressed, which allows no random access; unpack it" if packed else "copy it again"
@@ -270,8 +306,11 @@ def _picture(sample: _Sample, image_column: str) -> str | None:
     return next((ending for ending in sample.members if ending.rpartition(".")[2] in PICTURES), None)
 
 
-def _cells(sample: _Sample, read: Any) -> dict[str, Any]:
-    """JSON's fields, and text files by what stands before ".txt" in their ending ("txt" and "caption" for nothing)."""
+def _cells(sample: _Sample, read: Any, nested: dict[str, str] | None = None) -> dict[str, Any]:
+    """JSON's fields, and text files by what stands before ".txt" in their ending ("txt" and "caption" for nothing).
+
+    Fields that are lists or objects are no cells; what they are is added to `nested`.
+    """
     cells: dict[str, Any] = {}
     fields: dict[str, Any] = {}
     for ending, (at, size) in sample.members.items():
@@ -281,10 +320,13 @@ def _cells(sample: _Sample, read: Any) -> dict[str, Any]:
             cells |= {name: text} if name else {"txt": text, "caption": text}
         elif ending == "json":
             try:
-                content = json.loads(read(at, size))
+                content = parse_json(read(at, size))
             except ValueError:
                 content = None
-            fields = {n: v for n, v in content.items() if is_plain(v)} if isinstance(content, dict) else {}
+            content = content if isinstance(content, dict) else {}
+            fields = {n: v for n, v in content.items() if is_plain(v)}
+            if nested is not None:
+                nested |= {n: kind_of(v) for n, v in content.items() if not is_plain(v)}
     return {**cells, **fields}
 
 
@@ -296,7 +338,7 @@ def _at(file: BinaryIO, start: int, length: int) -> bytes:
 def _cache_file(folder: Path, file: Path | str, storage: Storage, image_column: str) -> Path:
     """Where the places of a shard's samples are kept: its name tells address, size and time of writing."""
     written = "" if is_url(file) else str(Path(file).stat().st_mtime_ns)
-    place = without_query(file) if is_url(file) else str(Path(file).resolve())
+    place = address(file) if is_url(file) else str(Path(file).resolve())
     name = json.dumps([place, storage.size(file), written, image_column])
     return folder / f"tar-{hashlib.sha256(name.encode()).hexdigest()[:32]}.npz"
 
