@@ -11,7 +11,7 @@ from typing import Literal
 class PRXConfig:
     """Sizes of a PRX transformer; fields and meaning as the arguments of diffusers' `PRXTransformer2DModel`.
 
-    The defaults are the 1.18 B pixel-space model of PRX Part 3 (RECIPE.md, "Model").
+    The defaults are the 1.18 B pixel-space model of PRX Part 3 (docs/recipe.md, "Model").
     """
 
     in_channels: int = 3
@@ -133,7 +133,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn: Euler steps over the flow, with guidance (RECIPE.md, "Objective")."""
+    """How pictures are drawn: Euler steps over the flow, with guidance (docs/recipe.md, "Objective")."""
 
     steps: int = 28
     guidance: float = 3.5
