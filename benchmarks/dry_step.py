@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.absent_gpu import libraries
 
 BATCH = {"prx-512": 32, "prx-1024": 16}
-"""Pictures a GPU in the published run (RECIPE.md, "The run")."""
+"""Pictures a GPU in the published run (docs/recipe.md, "The run")."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

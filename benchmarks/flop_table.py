@@ -1,4 +1,4 @@
-"""RECIPE.md's work of a step ("Where its time goes") beside what torch's FlopCounterMode counts of our modules.
+"""docs/recipe.md's work of a step ("Where its time goes") beside what torch's FlopCounterMode counts of our modules.
 
 Everything is built on the meta device at its real size, for one picture, and scaled by the batch: nothing is
 computed, so `python -m benchmarks.flop_table` takes seconds on any machine.
@@ -45,7 +45,7 @@ EXPLANATIONS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A part of a step: TFLOP by RECIPE.md (None where its table lacks it) and as counted, at both stages."""
+    """A part of a step: TFLOP by docs/recipe.md (None where its table lacks it) and as counted, at both stages."""
 
     part: str
     recipe: tuple[float, float] | None
@@ -65,7 +65,7 @@ class Row:
 
 
 def table() -> list[Row]:
-    """All rows, RECIPE.md's first and in its order."""
+    """All rows, docs/recipe.md's first and in its order."""
     first, second = count(STAGE_1), count(STAGE_2)
     return [Row(part, RECIPE.get(part), (first[part] / 1e12, second[part] / 1e12)) for part in first]
 
@@ -218,7 +218,7 @@ def main() -> None:
         if row.needs_explanation():
             print(textwrap.fill(f"{row.part}: {EXPLANATIONS.get(row.part, 'NOT EXPLAINED')}", 110, initial_indent="  "))
     print("attention is counted as its products, backward as twice forward: a fused backward forms the scores again,")
-    print("half a forward more; REPA's projector runs on the kept tokens and is in no row of RECIPE.md")
+    print("half a forward more; REPA's projector runs on the kept tokens and is in no row of docs/recipe.md")
 
 
 if __name__ == "__main__":

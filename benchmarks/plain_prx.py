@@ -170,13 +170,13 @@ class HookRouting:
 
 
 def velocity_loss(x0_hat: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, *, t_min: float = 0.05) -> Tensor:
-    """Mean squared difference of predicted and true velocity, `(x_t - x0) / max(t, t_min)` each (RECIPE.md)."""
+    """Mean squared difference of predicted and true velocity, `(x_t - x0) / max(t, t_min)` each (docs/recipe.md)."""
     level = t.clamp(min=t_min)[:, None, None, None]
     return ((x_t - x0_hat) / level - (x_t - x0) / level).square().mean()
 
 
 def sample_t(batch: int, device: torch.device) -> Tensor:
-    """Times by torch's own generator: shifted sigmoid of a normal, every tenth uniform (RECIPE.md, "Objective")."""
+    """Times by torch's own generator: shifted sigmoid of a normal, a tenth uniform (docs/recipe.md, "Objective")."""
     shifted = torch.randn(batch, device=device).sigmoid()
     shifted = 3 * shifted / (1 + 2 * shifted)
     uniform = torch.rand(batch, device=device)

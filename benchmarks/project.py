@@ -37,7 +37,7 @@ from train.ranks.parallel import mesh_shape
 from train.recipes import Parallel, Recipe, prx_512, prx_1024
 
 BUDGET_HOURS, BUDGET_DOLLARS = 24.0, 1500.0
-"""What PRX Part 3 took on 32 H200 (RECIPE.md, "The run")."""
+"""What PRX Part 3 took on 32 H200 (docs/recipe.md, "The run")."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Rate:
 
 WHOLE_MODEL = len(prx_muon_shapes())
 """Matrices that Muon updates: 112."""
-IDEAL_RATE = Rate(H200_MATMUL, "H200's measured matrix rate (RECIPE.md), as if nothing were lost")
+IDEAL_RATE = Rate(H200_MATMUL, "H200's measured matrix rate (docs/recipe.md), as if nothing were lost")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Speed:
     newton_schulz: Mapping[int, Rate] = field(default_factory=lambda: {WHOLE_MODEL: IDEAL_RATE})
     """By the number of matrices that are orthogonalised together."""
     copy: float = H200_COPY
-    copy_known: str = "H200's measured copy bandwidth (RECIPE.md)"
+    copy_known: str = "H200's measured copy bandwidth (docs/recipe.md)"
 
     def orthogonalising(self, matrices: int) -> Rate:
         """The rate that is known of the nearest number of matrices, the smaller of two as near."""

@@ -83,10 +83,10 @@ def _of_file(result: Result) -> str:
     head: tuple[str, ...]
     if steps:
         head = ("step", "case", "way", "time", "images/s", "MFU (all parts)", "memory", "ours is", "error")
-        parts.append(_table(head, _step_cells(steps, result.ceilings)))
+        parts.append(markdown_table(head, _step_cells(steps, result.ceilings)))
     if kernels:
         head = ("op", "case", "pass", "way", "time", "of floor", "ours is", "error")
-        parts.append(_table(head, _kernel_cells(kernels, result.ceilings)))
+        parts.append(markdown_table(head, _kernel_cells(kernels, result.ceilings)))
     return "\n\n".join(parts)
 
 
@@ -140,20 +140,21 @@ def _compared(rows: Sequence[Row]) -> list[tuple[Row, str]]:
     return made
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, cells as they are but for bars."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def replaced(text: str, region: str) -> str:
-    """A README's text with the marked region replaced.
+def replaced(text: str, region: str, begin: str = BEGIN, end: str = END) -> str:
+    """A README's text with the region between two marks replaced.
 
     Raises:
         ValueError: the marks are not there once each, in order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the file needs one line {BEGIN} and one {END} behind it; the report goes between them")
-    return text[: text.index(BEGIN) + len(BEGIN)] + f"\n{region}\n" + text[text.index(END) :]
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"the file needs one line {begin} and one {end} behind it; the report goes between them")
+    return text[: text.index(begin) + len(begin)] + f"\n{region}\n" + text[text.index(end) :]
 
 
 def report(folder: Path, readme: Path | None, *, write: bool) -> str:

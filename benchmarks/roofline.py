@@ -1,7 +1,7 @@
 """Bytes and operations of every op by formula, floors, and what a step of the recipe costs at the ceiling.
 
 "Least" bytes: each input read once, each output written once. A multiplication and an addition are two operations.
-`python -m benchmarks.roofline` prints RECIPE.md's table ("Where its time goes"), which a test holds to its figures.
+`python -m benchmarks.roofline` prints the table of docs/recipe.md ("Where its time goes"), held to it by a test.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from prx_model.config import PRXConfig, Routing, prx_1_2b
 from prx_model.flops import training_flop
 
 H200_COPY = 4.3e12
-"""Bytes/s read plus written, measured through PyTorch on an H200 (RECIPE.md); benchmarks measure their own."""
+"""Bytes/s read plus written, measured through PyTorch on an H200 (docs/recipe.md); benchmarks measure their own."""
 H200_MATMUL = 790e12
-"""bf16 FLOP/s on random data, measured through PyTorch on an H200 (RECIPE.md)."""
+"""bf16 FLOP/s on random data, measured through PyTorch on an H200 (docs/recipe.md)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Cost:
     flop: float = 0.0
 
 
-# --- token routing (KERNELS.md, section 1) -------------------------------------------------------------------------
+# --- token routing (docs/kernels.md, section 1) ----------------------------------------------------------------------
 
 
 def routing_bytes(which: str, batch: int, tokens: int, kept: int, channels: int, element: int) -> float:
@@ -97,7 +97,7 @@ def adamw_step(numbers: int) -> Cost:
     return Cost(28.0 * numbers)
 
 
-# --- the step of the recipe (RECIPE.md, "Where its time goes") -------------------------------------------------------
+# --- the step of the recipe (docs/recipe.md, "Where its time goes") --------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ STAGE_2 = Step(size=1024, batch=16, repa=False)
 
 
 def table(matmul: float = H200_MATMUL) -> list[tuple[str, float, float]]:
-    """RECIPE.md's table: (part, TFLOP at stage 1, TFLOP at stage 2), the sums, and their ms at the ceiling."""
+    """docs/recipe.md's table: (part, TFLOP at stage 1, TFLOP at stage 2), the sums, and their ms at the ceiling."""
     first, second = STAGE_1.parts(), STAGE_2.parts()
     rows = [(name, first[name] / 1e12, second[name] / 1e12) for name in first]
     rows.append(("sum, text cached, Newton-Schulz spread", STAGE_1.total() / 1e12, STAGE_2.total() / 1e12))

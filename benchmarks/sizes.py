@@ -55,7 +55,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Both stages of the recipe (RECIPE.md), captions 40 % and 100 % full; the likely filling first."""
+    """Both stages of the recipe (docs/recipe.md), captions 40 % and 100 % full; the likely filling first."""
     if not GPU:
         return [Case(64, 2, text=8)]
     stages = [Case(512, 32), Case(1024, 16, repa=False)]

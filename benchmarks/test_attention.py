@@ -41,7 +41,7 @@ class Case:
 
 
 if GPU:
-    # Dense and routed blocks of both stages (RECIPE.md).
+    # Dense and routed blocks of both stages (docs/recipe.md).
     CASES = [Case(b, q, 28, 64, 256, f) for b, q in ((32, 256), (32, 128), (16, 1024), (16, 512)) for f in (0.4, 1.0)]
 else:
     CASES = [Case(2, 16, 2, 16, 8, 0.4), Case(2, 16, 2, 16, 8, 1.0)]

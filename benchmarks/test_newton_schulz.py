@@ -122,8 +122,8 @@ WAYS: dict[str, Callable[[], Callable[[Matrices], Matrices]]] = {
     "gram-newton-schulz": gram_newton_schulz,
     "ours": lambda: ours,
 }
-# Gaussian matrices: fp16 with Jordan's restart stays within 0.005 (KERNELS.md, Numerics); bf16 keeps 8 bits through
-# five steps that each multiply small singular values by 3.4.
+# Gaussian matrices: fp16 with Jordan's restart stays within 0.005 (docs/kernels.md, Numerics); bf16 keeps 8 bits
+# through five steps that each multiply small singular values by 3.4.
 TOLERANCE = {"ours": 0.01, "gram-newton-schulz": 0.01}
 
 

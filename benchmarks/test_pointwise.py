@@ -24,7 +24,7 @@ from prx_model.layers import NORM_EPS, apply_rotary, modulate, rotary_table
 CLOCKS = ("device",)
 DTYPE = torch.bfloat16 if GPU else torch.float32
 ELEMENT = 2 if GPU else 4
-# Kept tokens of the routed blocks, which are 14 of 16, at both stages (RECIPE.md).
+# Kept tokens of the routed blocks, which are 14 of 16, at both stages (docs/recipe.md).
 CASES = [(32, 128), (16, 512)] if GPU else [(2, 4)]
 
 

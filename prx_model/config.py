@@ -13,7 +13,7 @@ from .ranges import Range, check_ranges
 class PRXConfig:
     """Sizes of a PRX transformer; fields and meaning as the arguments of diffusers' `PRXTransformer2DModel`.
 
-    The defaults are the 1.18 B pixel-space model of PRX Part 3 (RECIPE.md, "Model").
+    The defaults are the 1.18 B pixel-space model of PRX Part 3 (docs/recipe.md, "Model").
     """
 
     in_channels: Annotated[int, Range(1, 1_024)] = 3
@@ -130,7 +130,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn: Euler steps over the flow, with guidance (RECIPE.md, "Objective")."""
+    """How pictures are drawn: Euler steps over the flow, with guidance (docs/recipe.md, "Objective")."""
 
     steps: Annotated[int, Range(1, 100_000)] = 28
     guidance: Annotated[float, Range(0, 1_000)] = 3.5

@@ -7,7 +7,7 @@ import re
 
 from torch import Tensor
 
-# RECIPE.md, "Model": names of the PRX repository on the left, of diffusers (and ours) on the right.
+# docs/recipe.md, "Model": names of the PRX repository on the left, of diffusers (and ours) on the right.
 _PRX_REPOSITORY = (
     (r"^(blocks\.\d+)\.img_qkv_proj\.", r"\1.attention.img_qkv_proj."),
     (r"^(blocks\.\d+)\.txt_kv_proj\.", r"\1.attention.txt_kv_proj."),

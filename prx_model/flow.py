@@ -1,4 +1,4 @@
-"""The objective: flow matching with x-prediction (RECIPE.md, "Objective").
+"""The objective: flow matching with x-prediction (docs/recipe.md, "Objective").
 
 All draws come from (seed, global sample id) by `prx_kernels`' counter-based generator, so they are the same on every
 device and at every world size.

@@ -1,7 +1,7 @@
 """The layers of a PRX transformer; parameter names are those of diffusers' `PRXTransformer2DModel`.
 
 Block: adaLN-zero modulation, attention of image tokens over [text, image] with q/k RMS norm and 2-D rotary
-positions, gated tanh-GELU MLP (RECIPE.md, "Model").
+positions, gated tanh-GELU MLP (docs/recipe.md, "Model").
 """
 
 import math

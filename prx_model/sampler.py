@@ -1,4 +1,4 @@
-"""Euler sampling of the flow with classifier-free guidance or self-guidance (RECIPE.md, "Objective").
+"""Euler sampling of the flow with classifier-free guidance or self-guidance (docs/recipe.md, "Objective").
 
 Every picture has its own seed, so what is drawn does not depend on the batch it is drawn in.
 """

@@ -1,4 +1,4 @@
-"""What a frozen network has to say about a prediction: REPA, LPIPS and perceptual DINO losses (RECIPE.md).
+"""What a frozen network has to say about a prediction: REPA, LPIPS and perceptual DINO losses (docs/recipe.md).
 
 All three are a `Teacher`: they take a `Prediction` and give one loss a sample. A fourth is one more class with a
 `forward`, and a line in the recipe. What two of them need (features of the clean picture, say) is made once a step.
@@ -210,7 +210,7 @@ class LPIPSLoss(Teacher):
 
 
 class PerceptualDINO(Teacher):
-    """P-DINO: `mean(1 - cos)` over the patch tokens of prediction and picture (RECIPE.md).
+    """P-DINO: `mean(1 - cos)` over the patch tokens of prediction and picture (docs/recipe.md).
 
     Pictures are taken as `(x + 1) / 2`, clamped to [0, 1], normalised as ImageNet, and resized to a square (bilinear,
     no antialiasing), in this order.

@@ -18,7 +18,7 @@ from .packed_text import PackedText
 
 
 class PRXTransformer(nn.Module):
-    """Text-to-image transformer on pixels (PRX Part 3; RECIPE.md, "Model").
+    """Text-to-image transformer on pixels (PRX Part 3; docs/recipe.md, "Model").
 
     Args:
         config: sizes.

@@ -1,4 +1,4 @@
-"""The layering of DESIGN.md, held by parsing imports: kernels know torch only, and nothing heavy loads unasked."""
+"""The layering of docs/layout.md, held by parsing imports: kernels know torch only, and nothing heavy loads unasked."""
 
 import ast
 import json
@@ -47,6 +47,7 @@ FLOORS = {
         ("project", "trainer_step"),
         ("conftest", "figures", "profile_step", "test_*"),
         ("dry_step", "report"),
+        ("step_table",),
     ),
 }
 # The ops of prx_kernels, each with the ops below it; all of them stand on launch.py, and reference.py hands on the
@@ -59,7 +60,7 @@ OPS: dict[str, set[str]] = {
     "muon": {"newton_schulz"},
     "patch_embed": {"noise", "pixel_loss"},
 }
-# Nine to twelve seconds each (STYLE.md, rule 10): only inside the functions that need them.
+# Nine to twelve seconds each (docs/layout.md, "Choices"): only inside the functions that need them.
 HEAVY = {"diffusers", "lpips", "timm", "torchvision", "transformers", "matplotlib", "tensorboard"}
 HEAVY |= {"torch_fidelity", "torchmetrics"}
 # Where the name of a distribution is not that of its module.
@@ -274,7 +275,7 @@ def test_a_layer_imports_no_layer_above_it(package: str) -> None:
 
 @pytest.mark.parametrize("package", ["prx_kernels", "prx_model"])
 def test_a_package_of_the_wheel_imports_itself_relatively(package: str) -> None:
-    """So that a copy under another name works beside the installed one (KERNELS.md, "How an op is built")."""
+    """So that a copy under another name works beside the installed one (docs/kernels.md, "How an op is built")."""
     assert [i.where for i in imports_below(ROOT / package) if i.top == package] == []
 
 

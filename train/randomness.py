@@ -1,7 +1,7 @@
 """Where every random number of a run comes from: (seed, stage, step, sample position, purpose), and nothing else.
 
-So draws are the same after a resume and at another number of ranks (DESIGN.md, "Randomness"). Host-side draws (which
-caption, which shape) use numpy's counter-based Philox; device-side draws (noise, t, kept tokens) take the 64-bit
+So draws are the same after a resume and at another number of ranks (docs/layout.md, "Randomness"). Host-side draws
+(which caption, which shape) use numpy's counter-based Philox; device-side draws (noise, t, kept tokens) take the 64-bit
 seed made here and the global sample ids to `prx_kernels`, which has a Philox of its own.
 """
 

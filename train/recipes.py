@@ -1,6 +1,6 @@
 """Presets: functions that return a frozen dataclass, a section for every ingredient of the recipe.
 
-No torch here, so that `--help` answers at once. The `prx-*` presets are RECIPE.md field by field.
+No torch here, so that `--help` answers at once. The `prx-*` presets are docs/recipe.md field by field.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Flow:
-    """Flow matching with x-prediction (RECIPE.md, "Objective")."""
+    """Flow matching with x-prediction (docs/recipe.md, "Objective")."""
 
     shift: Annotated[float, Range(0, 1_000, above=True)] = 3.0
     uniform_fraction: Annotated[float, SHARE] = 0.1
@@ -275,7 +275,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TwoStages:
-    """Two recipes in sequence; weights, EMA and optimizer state carry over (RECIPE.md, last section)."""
+    """Two recipes in sequence; weights, EMA and optimizer state carry over (docs/recipe.md, last section)."""
 
     preset: str
     stage1: Recipe

@@ -1,7 +1,7 @@
 """What launches would take on an H200: a floor from its measured ceilings, and what stated efficiencies make of it.
 
-The ceilings are RECIPE.md's, measured through PyTorch. The efficiencies are assumptions until an H200 has been asked;
-they are printed with every table. Use predicted milliseconds to compare two forms of a step, not as its time.
+The ceilings are docs/recipe.md's, measured through PyTorch. The efficiencies are assumptions until an H200 has been
+asked; they are printed with every table. Use predicted milliseconds to compare two forms of a step, not as its time.
 """
 
 import re

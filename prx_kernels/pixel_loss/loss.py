@@ -74,7 +74,8 @@ def x_prediction_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Flow-matching loss of an x0 prediction: `mean((x0_hat - x0)² / max(t, t_min)²)`.
 
-    With `t_c = max(t, t_min)` in the velocity of target and prediction the noise drops out (RECIPE.md, "Objective").
+    With `t_c = max(t, t_min)` in the velocity of target and prediction the noise drops out (docs/recipe.md,
+    "Objective").
 
     One pass over tokens and pixels gives the loss and its gradient by tokens, which is all that is kept for the
     backward: 8 bytes a value (bfloat16 tokens, float32 pixels; read both, write the gradient) against 14 where the

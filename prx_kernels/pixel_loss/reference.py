@@ -26,8 +26,8 @@ def unpatchify(tokens: Tensor, patch_size: int, height: int, width: int) -> Tens
 def x_prediction_loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, *, t_min: float = 0.05) -> Tensor:
     """Per-sample flow-matching loss of an x0 prediction: `mean((x0_hat - x0)² / max(t, t_min)²)`, (batch,) float32.
 
-    With `v = (x_t - x0)/max(t, t_min)` for both target and prediction the noise cancels (RECIPE.md, "Objective"; JiT,
-    https://arxiv.org/abs/2511.13720, table 1 (3)(a)).
+    With `v = (x_t - x0)/max(t, t_min)` for both target and prediction the noise cancels (docs/recipe.md, "Objective";
+    JiT, https://arxiv.org/abs/2511.13720, table 1 (3)(a)).
 
     Args:
         tokens: (batch, N, channels·p²), the predicted x0; float64 gives a float64 loss.

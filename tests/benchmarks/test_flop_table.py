@@ -1,4 +1,4 @@
-"""The work of a step as torch counts it, at full size on the meta device, against RECIPE.md's figures."""
+"""The work of a step as torch counts it, at full size on the meta device, against docs/recipe.md's figures."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The projection: RECIPE.md's floors, bytes by formula against those that ranks move, arithmetic on known cases."""
+"""The projection: docs/recipe.md's floors, bytes by formula against those that ranks move, arithmetic."""
 
 import math
 import os
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_floors_are_those_of_the_recipe() -> None:
-    """RECIPE.md's floor spreads the plain Newton-Schulz over 32 ranks: its sums, milliseconds, and 1.9 h."""
+    """docs/recipe.md's floor spreads the plain Newton-Schulz over 32 ranks: its sums, milliseconds, and 1.9 h."""
     spread = newton_schulz(prx_muon_shapes(), "plain") / 32
     sums = [seconds * H200_MATMUL + spread for seconds in floors().seconds]
     for work, expected in zip(sums, RECIPE["sum, text cached, Newton-Schulz spread"], strict=True):
@@ -191,7 +191,7 @@ def test_seconds_of_the_presets_are_those_of_their_volumes() -> None:
 
 
 def test_hours_and_dollars_of_known_step_times() -> None:
-    """100 and 135 ms on an ideal network are RECIPE.md's 3.5 h, and what is left over by Muon's owners."""
+    """100 and 135 ms on an ideal network are docs/recipe.md's 3.5 h, and what is left over by Muon's owners."""
     instant = {project.WHOLE_MODEL: Rate(math.inf, "no time at all")}
     speed = Speed((0.100, 0.135), "the command line", newton_schulz=instant, copy=math.inf)
     stages = project.project(speed, IDEAL)

@@ -1,4 +1,4 @@
-"""The formulas: RECIPE.md's table, KERNELS.md's figures, and counts by hand."""
+"""The formulas: docs/recipe.md's table, docs/kernels.md's figures, and counts by hand."""
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ from prx_model.convert import from_prx_repository
 
 CONFIG = PRXConfig(patch_size=4, context_in_dim=8, hidden_size=32, num_heads=2, depth=12, axes_dim=(8, 8))
 
-# RECIPE.md, "Parameter names", written out for one block: the repository's name, and ours.
+# docs/recipe.md, "Parameter names", written out for one block: the repository's name, and ours.
 BLOCK = {
     "img_qkv_proj.weight": "attention.img_qkv_proj.weight",
     "txt_kv_proj.weight": "attention.txt_kv_proj.weight",

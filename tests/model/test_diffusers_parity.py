@@ -104,12 +104,12 @@ def compare(config: PRXConfig, inputs: Inputs, *, small: tuple[str, ...] = ()) -
     out_theirs, grad_theirs = run(theirs, inputs, weight)
     out_ours, grad_ours = run(ours, inputs, weight)
     assert out_theirs.std() > 0.1, "the comparison would be empty with an output near zero"
-    # Issue 2: fp32 output within 1e-5 (RECIPE.md measured 2.4e-7 on outputs of order 1), scaled where outputs are not.
+    # Issue 2: fp32 output within 1e-5 (docs/recipe.md has 2.4e-7 on outputs of order 1), scaled where outputs are not.
     assert (out_ours - out_theirs).abs().max() <= 1e-5 * max(1.0, float(out_theirs.abs().max()))
     assert grad_ours.keys() == grad_theirs.keys()
     for name, expected in grad_theirs.items():
         assert expected.norm() > 0, f"{name} gets no gradient, so nothing is compared"
-        # Issue 2: relative gradients within 1e-4 (RECIPE.md measured 5.2e-6).
+        # Issue 2: relative gradients within 1e-4 (docs/recipe.md measured 5.2e-6).
         assert (grad_ours[name] - expected).norm() <= 1e-4 * expected.norm(), name
 
 

@@ -50,7 +50,7 @@ def test_formula_equals_the_counter(routing: Routing | None, bottleneck: int | N
 def test_work_of_a_step_is_that_of_the_recipe(
     size: int, images: int, routing: Routing | None, published: float
 ) -> None:
-    """RECIPE.md, "Where its time goes": denoiser, dense and with TREAD, TFLOP a GPU and step."""
+    """docs/recipe.md, "Where its time goes": denoiser, dense and with TREAD, TFLOP a GPU and step."""
     config = prx_1_2b()
     work = images * training_flop(config, config.tokens(size, size), 256, routing)
     assert work / 1e12 == pytest.approx(published, rel=0.01)

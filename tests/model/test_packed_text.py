@@ -148,7 +148,7 @@ def test_packed_text_equals_padded_under_bfloat16_autocast_within_its_rounding()
 
 
 def test_text_projections_cost_what_real_tokens_cost() -> None:
-    """At 40 % fill (RECIPE.md: 100 of 256 tokens) the text's linear maps do 40 % of the padded form's work."""
+    """At 40 % fill (docs/recipe.md: 100 of 256 tokens) the text's linear maps do 40 % of the padded form's work."""
     lengths = [256, 40, 100, 100, 84, 120, 64, 60, 150, 50]
     assert sum(lengths) == 0.4 * 10 * 256
     packed = pack(make_text(lengths), lengths)

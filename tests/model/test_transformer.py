@@ -47,7 +47,7 @@ def make_inputs(batch: int = 2, seed: int = 1) -> tuple[Tensor, Tensor, Tensor, 
 def test_prx_1_2b_has_exactly_the_parameters_of_the_recipe() -> None:
     with torch.device("meta"):
         model = PRXTransformer(prx_1_2b())
-    # Counted on diffusers' PRXTransformer2DModel of the same sizes; RECIPE.md says 1.177 B.
+    # Counted on diffusers' PRXTransformer2DModel of the same sizes; docs/recipe.md says 1.177 B.
     assert sum(p.numel() for p in model.parameters()) == 1_177_215_744
     assert {p.device.type for p in model.parameters()} == {"meta"}
 

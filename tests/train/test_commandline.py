@@ -90,7 +90,7 @@ def test_help_comes_without_torch_in_under_two_seconds() -> None:
     assert all(preset in done.stdout for preset in PRESETS)
     assert "--flow.caption-drop" in done.stdout
     assert "--no-routing" in done.stdout
-    # DESIGN.md's bound, with room for a loaded machine.
+    # docs/layout.md's bound, with room for a loaded machine.
     assert seconds < 6
     code = "import sys; from train.commandline import parse; parse(['prx-512']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
@@ -107,7 +107,7 @@ def test_every_preset_has_a_plan(preset: str) -> None:
 def test_the_plan_of_the_whole_run_has_the_published_size() -> None:
     done = run_program("speedrun", "prx-24h", "--dry-run", "--gpus", "32", "--mfu", "0.25")
     assert "parameters, model: 1,177,215,744" in done.stdout
-    # 26.8 TFLOP for 32 pictures (RECIPE.md) x 32 GPUs at 512 px with routing.
+    # 26.8 TFLOP for 32 pictures (docs/recipe.md) x 32 GPUs at 512 px with routing.
     line = next(line for line in done.stdout.splitlines() if "denoiser:" in line)
     assert float(line.split()[1]) == pytest.approx(26.8 * 32, rel=0.01)
     assert "both stages:" in done.stdout

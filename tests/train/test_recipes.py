@@ -1,4 +1,4 @@
-"""The `prx-*` presets equal RECIPE.md field by field; numbers here are copied from it, not from the code."""
+"""The `prx-*` presets equal docs/recipe.md field by field; numbers here are copied from it, not from the code."""
 
 from dataclasses import asdict, replace
 

@@ -33,7 +33,7 @@ _LARGEST = {"fp8": 448.0, "int8": 127.0}
 MIN_COSINE = 0.999
 """Between a stored token and the encoder's."""
 MEAN_TOKENS = 100
-"""Tokens a caption that sizes are projected with (RECIPE.md, "Text cache")."""
+"""Tokens a caption that sizes are projected with (docs/recipe.md, "Text cache")."""
 SHARD_TOKENS = 1 << 18
 """Tokens after which a shard is written: 1.2 GB in bf16 at width 2304, seconds of a GPU's work."""
 _OPEN_SHARDS = 4096

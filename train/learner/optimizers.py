@@ -1,4 +1,4 @@
-"""Muon for the 2-D weights inside `blocks`, AdamW for the rest (RECIPE.md), with one learning-rate schedule.
+"""Muon for the 2-D weights inside `blocks`, AdamW for the rest (docs/recipe.md), with one learning-rate schedule.
 
 The split is by name and rank alone, so it can be printed before anything is trained.
 """

@@ -126,7 +126,7 @@ class Learner:
         return {**found, "ema": self.ema.state_dict(), "optimizer": self.optimizers.state_dict()}
 
     def _loss(self, batch: Batch, number: int) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-        """Flow-matching loss of a batch (RECIPE.md, "Objective") and what teachers add.
+        """Flow-matching loss of a batch (docs/recipe.md, "Objective") and what teachers add.
 
         Gives the sum, its parts, the flow-matching loss of each sample, and its sums by t.
         """

@@ -24,7 +24,7 @@ _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L4
 """Dense bf16 rate on the data sheet, TFLOP/s, by a part of the device's name."""
 
 RECIPE_CAPTIONS = 8_700_000
-"""flux_generated 1.7 M, FLUX-Reason-6M and midjourney-v6-llava 1 M, one caption each (RECIPE.md, "data")."""
+"""flux_generated 1.7 M, FLUX-Reason-6M and midjourney-v6-llava 1 M, one caption each (docs/recipe.md, "data")."""
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -182,7 +182,7 @@ def milliseconds(seconds: float) -> str:
 
 def text_cache_line(recipe: Recipe) -> str:
     """How large the cache of embeddings is, or would be, and what that assumes."""
-    captions, source = RECIPE_CAPTIONS, "RECIPE.md's data; --data.path counts yours"
+    captions, source = RECIPE_CAPTIONS, "docs/recipe.md's data; --data.path counts yours"
     if recipe.data.path:
         data = replace(recipe.data, buckets=False)  # only rows are counted
         sets = [open_dataset(data, recipe.train.seed, 1), open_validation(data, 1)]

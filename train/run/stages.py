@@ -1,4 +1,4 @@
-"""From one stage to the next: what carries over, and what is dropped by name (RECIPE.md, last section)."""
+"""From one stage to the next: what carries over, and what is dropped by name (docs/recipe.md, last section)."""
 
 from pathlib import Path
 

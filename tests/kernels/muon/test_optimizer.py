@@ -72,7 +72,8 @@ def test_the_signature_begins_with_that_of_torch_optim_muon():
     assert [p.name for p in ours[: len(theirs)]] == [p.name for p in theirs]
     assert [p.kind for p in ours[: len(theirs)]] == [p.kind for p in theirs]
     different = {p.name for p, q in zip(ours, theirs, strict=False) if p.default != q.default}
-    assert different == {"ns_coefficients", "adjust_lr_fn"}  # "jordan" names torch's triple; KERNELS.md sets the other
+    # "jordan" names torch's triple; docs/kernels.md sets the other.
+    assert different == {"ns_coefficients", "adjust_lr_fn"}
     assert all(p.kind is p.KEYWORD_ONLY for p in ours[len(theirs) :])
 
 

@@ -16,7 +16,7 @@ HALF = [torch.float16, torch.bfloat16]
 
 
 def spectrum(name: str, n: int = N, m: int = M) -> torch.Tensor:
-    """(n, m) float64 with the singular values that KERNELS.md, section 2, bounds errors for."""
+    """(n, m) float64 with the singular values that docs/kernels.md, section 2, bounds errors for."""
     generator = torch.Generator().manual_seed(n)
     normal = partial(torch.randn, generator=generator, dtype=torch.float64)
     if name == "gaussian":

@@ -211,7 +211,7 @@ def test_tables_have_a_row_for_every_size():
 
 
 def test_small_batches_leave_no_multiprocessor_idle():
-    """KERNELS.md, section 2: owners hold 3 or 4 matrices of n = 1792; 132 multiprocessors of an H200."""
+    """docs/kernels.md, section 2: owners hold 3 or 4 matrices of n = 1792; 132 multiprocessors of an H200."""
     for batch in (1, 2, 3, 4, 16):
         size = batch * 105
         (config,) = [c for limit, c in kernels.TMA[90] if size <= limit][:1]

@@ -181,7 +181,7 @@ def test_two_processes_of_torchrun_write_one_cache(encoder: Path, data: Path, re
 
 
 def test_sizes_are_those_of_the_recipe(capsys: pytest.CaptureFixture[str]) -> None:
-    """RECIPE.md: 8.7 M captions are 4.0 TB in bf16 at 100 tokens, 10.3 TB padded to 256; half of it in one byte."""
+    """docs/recipe.md: 8.7 M captions are 4.0 TB in bf16 at 100 tokens, 10.3 TB padded to 256; half in one byte."""
     assert cache_bytes(8_700_000, 2304, "bf16") == pytest.approx(4.0e12, rel=0.005)
     assert cache_bytes(8_700_000, 2304, "bf16", 256) == pytest.approx(10.3e12, rel=0.005)
     for storage in ("fp8", "int8"):
