@@ -88,6 +88,8 @@ class PDINO:
     """Only samples with t below this go through it, the others count as 0; 1 is all."""
     size: int = 224
     """Pixels a side of the teacher's input."""
+    order: Literal["resize-first", "resize-last"] = "resize-first"
+    """resize-first: resized, clamped, normalised, as PRX's code does; resize-last: clamped and normalised before."""
 
 
 @dataclass(frozen=True)
