@@ -212,17 +212,19 @@ class LPIPSLoss(Teacher):
 class PerceptualDINO(Teacher):
     """P-DINO: `mean(1 - cos)` over the patch tokens of prediction and picture (docs/recipe.md).
 
-    Pictures are taken as `(x + 1) / 2`, clamped to [0, 1], normalised as ImageNet, and resized to a square (bilinear,
-    no antialiasing), in this order.
+    Pictures are resized to a square (bilinear, no antialiasing), taken as `(x + 1) / 2`, clamped to [0, 1] and
+    normalised as ImageNet, in this order: that of PRX's code. Where a prediction is saturated, a pixel within range
+    beside one outside it then still has a gradient.
 
     Args:
         name: timm's name of the network, DINOv2 ViT-B/14 with registers by default.
         weights: see `teacher_weights.load_timm`.
         size: side of the square in pixels, a multiple of the network's patch.
+        order: "resize-first", or "resize-last": clamped and normalised at full size, then resized.
         dtype: of the network.
 
     Raises:
-        ValueError: a size that is no multiple of the patch.
+        ValueError: a size that is no multiple of the patch, or an unknown order.
     """
 
     def __init__(
@@ -231,25 +233,33 @@ class PerceptualDINO(Teacher):
         name: str = "vit_base_patch14_reg4_dinov2",
         weights: str = "",
         size: int = 224,
+        order: str = "resize-first",
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        if order not in ("resize-first", "resize-last"):
+            raise ValueError(f'pdino.order must be "resize-first" or "resize-last", got {order!r}')
         super().__init__(load_timm(name, weights), dtype)
         patch = self.network.patch_embed.patch_size[0]
         if size % patch or size < patch:
             raise ValueError(f"pdino.size {size} must be a multiple of the patch {patch} of {name}")
-        self.size = size
+        self.size, self.order = size, order
         self.normalise = ImageNet()
         fix_size(self.network, size, size)
 
     def forward(self, prediction: Prediction) -> Tensor:
-        target = prediction.once((id(self.network), "pdino", self.size), lambda: self._features(prediction.image))
+        target = prediction.once(
+            (id(self.network), "pdino", self.size, self.order), lambda: self._features(prediction.image)
+        )
         predicted = self._features(prediction.x0_hat)
         return (1 - F.cosine_similarity(_wide(predicted), _wide(target), dim=-1, eps=_COSINE_EPS)).mean(dim=1)
 
     def _features(self, image: Tensor) -> Tensor:
-        normalised = self.normalise(((image + 1) / 2).clamp(0, 1))
-        resized = F.interpolate(normalised, size=(self.size, self.size), mode="bilinear", antialias=False)
-        return self.patch_tokens(resized.to(self.dtype))
+        first = self.order == "resize-first"  # then nothing but the resizing itself reads whole pictures
+        normalised = self.normalise((((self._square(image) if first else image) + 1) / 2).clamp(0, 1))
+        return self.patch_tokens((normalised if first else self._square(normalised)).to(self.dtype))
+
+    def _square(self, image: Tensor) -> Tensor:
+        return F.interpolate(image, size=(self.size, self.size), mode="bilinear", antialias=False)
 
     def flop(self, height: int, width: int, patch_size: int = 32) -> float:
         forward = self.network.forward_features

@@ -4,7 +4,7 @@ Names of parameters are those of diffusers' `PRXTransformer2DModel`, so weights 
 """
 
 from collections.abc import Iterator
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from .attention import Backend, check_backend
 from .config import PRXConfig
 from .layers import FinalLayer, PRXBlock, TimeEmbedder, rotary_table
 from .packed_text import PackedText
+
+Init = Literal["torch", "xavier"]
+"""How linear maps start; see `PRXTransformer.initial_weights`."""
 
 
 class PRXTransformer(nn.Module):
@@ -44,25 +47,34 @@ class PRXTransformer(nn.Module):
         self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
+    def init_weights(self, generator: torch.Generator | None = None, *, init: Init = "torch") -> None:
         """Fill the weights with `initial_weights`."""
-        for name, value in self.initial_weights(generator):
+        for name, value in self.initial_weights(generator, init=init):
             self.get_parameter(name).copy_(value)
 
     @torch.no_grad()
-    def initial_weights(self, generator: torch.Generator | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Xavier-uniform linear maps, zero biases, zero modulation and zero head (adaLN-zero), unit norm scales.
+    def initial_weights(
+        self, generator: torch.Generator | None = None, *, init: Init = "torch"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Zero modulation and zero head (adaLN-zero), unit norm scales, and the other linear maps by `init`.
+
+        Args:
+            generator: on the CPU; torch's own unless given.
+            init: "torch" is `nn.Linear`'s own, as in PRX's code: weights and biases uniform within 1/sqrt(fan-in);
+                "xavier" is Xavier-uniform with zero biases, as in DiT's (https://arxiv.org/abs/2212.09748).
 
         Yields (name, value), float32, one at a time and in a fixed order: a sharded model takes its part of each.
         """
+        if init not in ("torch", "xavier"):
+            raise ValueError(f'train.init must be "torch" or "xavier", got {init!r}')
         zero = {f"blocks.{i}.modulation.lin" for i in range(len(self.blocks))}
         zero |= {"final_layer.adaLN_modulation.1", "final_layer.linear"}
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                weight = nn.init.xavier_uniform_(torch.empty(module.weight.shape), generator=generator)
+                weight, bias = _linear(module, init, generator)
                 yield f"{name}.weight", weight.zero_() if name in zero else weight
-                if module.bias is not None:
-                    yield f"{name}.bias", torch.zeros(module.bias.shape)
+                if bias is not None:
+                    yield f"{name}.bias", bias.zero_() if name in zero else bias
             elif isinstance(module, nn.RMSNorm):
                 yield f"{name}.weight", torch.ones(module.weight.shape)
 
@@ -194,6 +206,19 @@ class PRXTransformer(nn.Module):
         if feature_layer is not None and not 0 <= feature_layer < depth:
             raise ValueError(f"feature_layer {feature_layer} must be a block index within 0 … {depth - 1}")
         return height // config.patch_size, width // config.patch_size
+
+
+def _linear(module: nn.Linear, init: Init, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+    """Initial weight and bias of a linear map."""
+    weight = torch.empty(module.weight.shape)
+    bias = None if module.bias is None else torch.zeros(module.bias.shape)
+    if init == "xavier":
+        return nn.init.xavier_uniform_(weight, generator=generator), bias
+    nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)  # within 1/sqrt(fan-in), to the bit as torch does
+    if bias is not None:
+        bound = 1 / module.in_features**0.5
+        nn.init.uniform_(bias, -bound, bound, generator=generator)
+    return weight, bias
 
 
 def _check_packed(text: PackedText, text_mask: Tensor | None, batch: int, width: int) -> None:

@@ -38,7 +38,8 @@ def make(name: str) -> Teacher:
             return REPA(HIDDEN, name=SMALL_DINOV3, weights="random", dtype=FP32)
         if name == "lpips":
             return LPIPSLoss(weights="random", dtype=FP32)
-        return PerceptualDINO(name=SMALL_DINOV2, weights="random", size=56, dtype=FP32)
+        order = "resize-last" if name == "pdino resize-last" else "resize-first"
+        return PerceptualDINO(name=SMALL_DINOV2, weights="random", size=56, order=order, dtype=FP32)
 
 
 def prediction(*, height: int = SIZE, width: int = SIZE, batch: int = BATCH, seed: int = 0) -> Prediction:
@@ -153,22 +154,43 @@ def test_lpips_written_out() -> None:
     torch.testing.assert_close(lpips(seen), total, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
-def test_pdino_is_one_minus_the_mean_cosine_of_patch_tokens(size: tuple[int, int]) -> None:
-    pdino = make("pdino")
-    seen = prediction(height=size[0], width=size[1])
+def pdino_by_formula(pdino: Teacher, seen: Prediction, *, resize_first: bool) -> Tensor:
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
+    def square(image: Tensor) -> Tensor:
+        return F.interpolate(image, size=(56, 56), mode="bilinear", align_corners=False)
+
     def tokens(image: Tensor) -> Tensor:
-        unit = ((image + 1) / 2).clamp(0, 1)
-        normalised = (unit - mean[:, None, None]) / std[:, None, None]
-        resized = F.interpolate(normalised, size=(56, 56), mode="bilinear", align_corners=False)
-        return pdino.network.forward_features(resized)[:, 5:]
+        unit = ((square(image) if resize_first else image) + 1) / 2
+        normalised = (unit.clamp(0, 1) - mean[:, None, None]) / std[:, None, None]
+        return pdino.network.forward_features(normalised if resize_first else square(normalised))[:, 5:]
 
     a, b = tokens(seen.x0_hat), tokens(seen.image)
     cosine = (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
     assert cosine.shape == (BATCH, 16)
-    torch.testing.assert_close(pdino(seen), (1 - cosine).mean(1), rtol=1e-4, atol=1e-6)
+    return (1 - cosine).mean(1)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
+@pytest.mark.parametrize("name", ["pdino", "pdino resize-last"])
+def test_pdino_is_one_minus_the_mean_cosine_of_patch_tokens(name: str, size: tuple[int, int]) -> None:
+    pdino, seen = make(name), prediction(height=size[0], width=size[1])
+    expected = pdino_by_formula(pdino, seen, resize_first=name == "pdino")
+    torch.testing.assert_close(pdino(seen), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pdino", "pdino resize-last"])
+def test_gradient_of_pdino_on_a_saturated_prediction_is_that_of_its_order(name: str) -> None:
+    """Half of the pixels are out of range: there the two orders point elsewhere, by a cosine below 0.95."""
+    pdino, seen = make(name), prediction(height=96, width=160)
+    seen = Prediction(seen.image, (2.5 * seen.x0_hat.detach()).requires_grad_(), None, None, PATCH)
+    (got,) = torch.autograd.grad(pdino(seen).sum(), seen.x0_hat)
+    both = [
+        torch.autograd.grad(pdino_by_formula(pdino, seen, resize_first=f).sum(), seen.x0_hat)[0] for f in (True, False)
+    ]
+    own, other = both if name == "pdino" else both[::-1]
+    torch.testing.assert_close(got, own, rtol=1e-3, atol=1e-3 * float(own.abs().max()))
+    assert F.cosine_similarity(got.flatten(), other.flatten(), dim=0) < 0.95
 
 
 # --- all three -------------------------------------------------------------------------------------------------------
@@ -335,6 +357,8 @@ def test_missing_wrong_and_partial_weights_are_sentences(tmp_path: Path) -> None
         LPIPSLoss(network="resnet")
     with pytest.raises(ValueError, match="size 60 must be a multiple of the patch 14"):
         PerceptualDINO(name=SMALL_DINOV2, weights="random", size=60)
+    with pytest.raises(ValueError, match='pdino.order must be "resize-first" or "resize-last", got \'first\''):
+        PerceptualDINO(name=SMALL_DINOV2, weights="random", size=56, order="first")
 
 
 def test_a_malicious_pickle_is_refused(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ STAGE_1 = {
     "pdino.weight": 0.01,
     "pdino.teacher": "vit_base_patch14_reg4_dinov2",
     "pdino.size": 224,
+    "pdino.order": "resize-first",
     "routing.enabled": True,
     "routing.start": 1,
     "routing.end": 14,
@@ -67,6 +68,7 @@ STAGE_1 = {
     "train.warmup": 1_000,
     "train.cooldown": 0,
     "train.clip": 0.2,
+    "train.init": "torch",
     "ema.decay": 0.999,
     "ema.every": 10,
 }

@@ -1,6 +1,6 @@
 """From a recipe to its modules: denoiser and text tower, initialised from the run's seed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,8 @@ def build(recipe: Recipe, device: torch.device, prepare: Callable[[nn.Module], N
         raise UserError(f"train.attention: {error}") from None
     with torch.device("meta"):
         model = PRXTransformer(recipe.model, attention=recipe.train.attention)
-    _make_real(model, derive_seed(recipe.train.seed, purpose="weights"), device, prepare)
+    init = recipe.train.init
+    _make_real(model, lambda g: model.initial_weights(g, init=init), recipe.train.seed, "weights", device, prepare)
     tower = _tower(recipe, device, prepare)
     if tower.width != recipe.model.context_in_dim:
         raise UserError(
@@ -82,13 +83,18 @@ def build(recipe: Recipe, device: torch.device, prepare: Callable[[nn.Module], N
 
 
 def _make_real(
-    module: PRXTransformer | ByteTower, seed: int, device: torch.device, prepare: Callable[[nn.Module], None] | None
+    module: nn.Module,
+    weights: Callable[[torch.Generator], Iterator[tuple[str, Tensor]]],
+    seed: int,
+    purpose: str,
+    device: torch.device,
+    prepare: Callable[[nn.Module], None] | None,
 ) -> None:
     """From the meta device to a device, sharded in between, with its initial weights."""
     if prepare is not None:
         prepare(module)
     module.to_empty(device=device)
-    fill(module, module.initial_weights(torch.Generator().manual_seed(seed)))
+    fill(module, weights(torch.Generator().manual_seed(derive_seed(seed, purpose=purpose))))
 
 
 def check(recipe: Recipe) -> None:
@@ -143,7 +149,7 @@ def _tower(
     if text.kind == "bytes":
         with torch.device("meta"):
             tower = ByteTower(recipe.model.context_in_dim, text.depth, text.num_heads, text.max_tokens)
-        _make_real(tower, derive_seed(recipe.train.seed, purpose="tower weights"), device, prepare)
+        _make_real(tower, tower.initial_weights, recipe.train.seed, "tower weights", device, prepare)
         return tower
     if text.cache:
         return CachedText(Path(text.cache), Encoding.of(text), device, precompute_command(recipe))

@@ -41,7 +41,7 @@ def _make_teachers(recipe: Recipe, device: torch.device) -> dict[str, Teacher]:
             made["lpips"] = LPIPSLoss(network=recipe.lpips.network, weights=recipe.lpips.weights, dtype=dtype)
         if recipe.pdino.enabled and recipe.pdino.weight:
             p = recipe.pdino
-            made["pdino"] = PerceptualDINO(name=p.teacher, weights=p.weights, size=p.size, dtype=dtype)
+            made["pdino"] = PerceptualDINO(name=p.teacher, weights=p.weights, size=p.size, order=p.order, dtype=dtype)
     except ValueError as error:
         raise UserError(str(error)) from None
     return made
