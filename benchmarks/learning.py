@@ -56,12 +56,15 @@ class TorchOptimizers(Optimizers):
         ]
         self.base_rates = [m.lr, a.lr]
 
-    def step(self, factor: float) -> None:
+    def step(self, factor: float, clip: float) -> Tensor:
+        parameters = [p for optimizer in self.both for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
         for optimizer, rate in zip(self.both, self.base_rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad()
+        return norm
 
     def skipped(self) -> int:
         return 0

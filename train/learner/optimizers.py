@@ -3,16 +3,14 @@
 The split is by name and rank alone, so it can be printed before anything is trained.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from prx_kernels import Muon
 from prx_kernels.reference import cpu_has_bfloat16
-from train.ranks.parallel import World, compute_dtype
+from train.ranks.parallel import compute_dtype
 from train.recipes import Recipe, Train
 
 Named = list[tuple[str, nn.Parameter]]
@@ -69,12 +67,21 @@ class Optimizers:
         )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
-    def step(self, factor: float) -> None:
-        """Update all parameters at `factor` times their learning rates, then drop the gradients."""
+    def step(self, factor: float, clip: float) -> Tensor:
+        """Update all parameters at `factor` times their learning rates, then drop the gradients.
+
+        Args:
+            clip: norm to which all gradients together are scaled down.
+
+        Returns:
+            Their norm before, over all ranks, 0-dim on the device. Where it is not finite, nothing is changed on any
+            rank, and nobody has to wait for the device to decide so.
+        """
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        self.optimizer.step()
+        self.optimizer.step(max_norm=clip)
         self.optimizer.zero_grad()
+        return self.optimizer.grad_norm
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every state tensor as "parameter/key", in place."""
@@ -97,26 +104,3 @@ def learning_rate_factor(step: int, settings: Train) -> float:
     warm = (step + 1) / settings.warmup if settings.warmup else 1.0
     cool = (settings.steps - step) / settings.cooldown if settings.cooldown else 1.0
     return min(1.0, warm, cool)
-
-
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[Any], limit: float, world: World) -> Tensor:
-    """Scale gradients, sharded or not, to a global norm of at most `limit`; gives the norm before, on the device.
-
-    Where the norm is not finite on any rank, every gradient becomes NaN: `Muon` then changes nothing at all, on any
-    rank, and nobody has to wait for the device to decide so.
-    """
-    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    if world.mesh is not None:
-        squares = norm.square()
-        dist.all_reduce(squares, group=world.mesh.get_group("shard"))
-        norm = squares.sqrt()
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, torch.where(norm.isfinite(), scale, torch.nan))
-    return norm
-
-
-def _local(gradient: Any) -> Tensor:
-    part: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return part
