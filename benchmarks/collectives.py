@@ -167,12 +167,9 @@ def muon_step(shapes: Sequence[tuple[int, int]], layout: Layout) -> Volumes:
 
 
 def agreements(layout: Layout) -> Volumes:
-    """Single numbers that the ranks agree on: the gradient's norm, whether AdamW's part is finite, matrices skipped."""
-    norm, finite, skipped = 4.0, 4.0, 8.0
-    return Volumes(
-        all_reduce=all_reduced(norm + finite + skipped, layout.shards),
-        replica_all_reduce=all_reduced(finite, layout.replicas),
-    )
+    """Single numbers that the ranks agree on: the gradient's norm, and how many matrices are skipped."""
+    norm, skipped = 4.0, 8.0
+    return Volumes(all_reduce=all_reduced(norm + skipped, layout.shards))
 
 
 class Moved(TorchDispatchMode):

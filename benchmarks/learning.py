@@ -30,6 +30,7 @@ from train.errors import UserError, exit_with_sentence
 from train.learner import step as training_step
 from train.learner.optimizers import Named, Optimizers, split
 from train.ranks import parallel
+from train.ranks.working_copy import WorkingCopy
 from train.recipes import Recipe
 from train.run.folder import METRICS, SAMPLES, run_folder
 from train.run.stages import finished
@@ -56,12 +57,18 @@ class TorchOptimizers(Optimizers):
         ]
         self.base_rates = [m.lr, a.lr]
 
-    def step(self, factor: float) -> None:
+    def step(self, factor: float, clip: float, copies: Sequence[WorkingCopy] = ()) -> Tensor:
+        parameters = [p for optimizer in self.both for group in optimizer.param_groups for p in group["params"]]
+        for parameter in parameters:  # torch's optimizers want gradients in the dtype of the weights
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.to(parameter.dtype)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
         for optimizer, rate in zip(self.both, self.base_rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad()
+        return norm
 
     def skipped(self) -> int:
         return 0

@@ -20,7 +20,7 @@ from benchmarks.collectives import Moved, Shape, Volumes, agreements, fsdp_step,
 from prx_kernels import Muon
 from prx_kernels.muon.owners import Layout
 from prx_model import PRXConfig, PRXTransformer
-from train.learner.optimizers import clip_gradients, named_parameters, split
+from train.learner.optimizers import named_parameters, split
 from train.ranks import parallel
 from train.recipes import Compile, Parallel, Recipe, prx_512
 
@@ -127,8 +127,7 @@ def _worker(rank: int, case: Case, folder: str) -> None:
     replicated = "replicate" in (world.mesh.mesh_dim_names or ())
     with Moved(world.mesh.get_group("replicate") if replicated else None) as counted:
         model.forward_tokens(image, t, text, mask).square().mean().backward()  # what a training step calls
-        clip_gradients([parameter for _, parameter in named], recipe.train.clip, world)
-        optimizer.step()
+        optimizer.step(max_norm=recipe.train.clip)
     Path(folder, f"{rank}.json").write_text(json.dumps(counted.nbytes))
     dist.barrier()
     dist.destroy_process_group()

@@ -24,9 +24,8 @@ from prx_model import EMA, flow
 from prx_model.packed_text import PackedText, pack
 from prx_model.teachers import Prediction, Teacher
 from train.data.loader import Batch, to_float
-from train.learner.optimizers import Optimizers, clip_gradients, named_parameters, split
+from train.learner.optimizers import Optimizers, named_parameters, split
 from train.learner.teaching import TeacherLosses, build_teachers
-from train.ranks import parallel
 from train.ranks.graphs import compile_teachers
 from train.recipes import Recipe, prx_512, prx_1024
 from train.run.stopwatch import Stopwatch
@@ -215,8 +214,6 @@ class TrainingStep:
 
     def update(self) -> None:
         """Clip the gradients, update the weights by them, drop them, and average the weights."""
-        if self.way.optimizer != "none":
-            clip_gradients(self.parameters, self.recipe.train.clip, parallel.World(0, 1, device()))
         self._optimize()
         self._average(self.count)
         self.count += 1
@@ -295,15 +292,16 @@ class TrainingStep:
 
     # --- optimizers ----------------------------------------------------------------------------------------------
 
-    def _optimizers(self) -> Callable[[], None]:
+    def _optimizers(self) -> Callable[[], object]:
         if self.way.optimizer == "none":
             return self._drop_gradients
         if self.way.ours:
             ours = Optimizers(self.named, self.recipe)
-            return lambda: ours.step(1.0)
+            return lambda: ours.step(1.0, self.recipe.train.clip)
         made = plain_optimizers([p for _, p in split(self.named, self.recipe)[0]], self.parameters, self.recipe)
 
         def step() -> None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.train.clip)
             for optimizer in made:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -5,7 +5,7 @@ is also what a CPU executes, and the eager baseline of the benchmarks. Nothing h
 """
 
 from .launch import widened
-from .muon.reference import decayed_update, momentum_update
+from .muon.reference import bounding_scales, decayed_update, momentum_update, update_bounds
 from .newton_schulz.reference import cpu_has_bfloat16, multiply, newton_schulz, sym_gemm, unit_norm
 from .noise.reference import philox_normal, philox_uint32, philox_uniform, uniform_from_uint32
 from .patch_embed.reference import noisy_image, patch_image_gradient, patch_project, patch_weight_gradient
@@ -26,6 +26,7 @@ from .routing.reference import (
 
 __all__ = [
     "add_tokens",
+    "bounding_scales",
     "clear_tokens",
     "cpu_has_bfloat16",
     "decayed_update",
@@ -54,6 +55,7 @@ __all__ = [
     "uniform_from_uint32",
     "unit_norm",
     "unpatchify",
+    "update_bounds",
     "widened",
     "x_prediction_loss",
     "x_prediction_loss_gradient",

@@ -59,5 +59,13 @@ _BYTES: dict[str, Callable[..., int]] = {
         3 * _rows(x, keep) + _size(keep) + _size(shift) + _size(scale)
     ),
     "exit_route_gated": lambda y, branch, gate, byp, keep: 2 * _size(byp) + _size(y) + _size(gate) + _size(keep),
+    # Muon: momentum and weights are read and written, updates and copies of weights are written only.
+    "momentum_update": lambda grads, buffers, outs, *_: (
+        sum(map(_size, grads)) + 2 * sum(map(_size, buffers)) + sum(map(_size, outs))
+    ),
+    "apply_update": lambda params, updates, copies, *_: (
+        2 * sum(map(_size, params)) + sum(map(_size, updates)) + sum(map(_size, copies))
+    ),
+    "scaled_copy": lambda sources, outs, *_: sum(map(_size, sources)) + sum(map(_size, outs)),
     "gate_backward": lambda grad, branch, gate, keep: 4 * _rows(grad, keep) + 2 * _size(gate) + _size(keep),
 }

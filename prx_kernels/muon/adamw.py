@@ -5,14 +5,13 @@ A step in which any gradient is not finite is left out whole, on all ranks alike
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .owners import gradient, is_dtensor, local
+from .owners import is_dtensor, local
 
 State = dict[str, Tensor]
 
@@ -26,26 +25,21 @@ def new_state(param: Tensor) -> State:
     }
 
 
-def gradients(params: Sequence[Any]) -> dict[Any, Tensor]:
-    """This rank's part of every gradient there is, placed as its parameter; collective where one is not."""
-    return {param: gradient(param) for param in params if param.grad is not None}
-
-
-def any_nonfinite(params: Sequence[Any], grads: Mapping[Any, Tensor]) -> Tensor:
+def any_nonfinite(params: Sequence[Any], squares: Sequence[Tensor]) -> Tensor:
     """1.0 if any gradient, on any rank that holds a part, is not finite; else 0.0. On the first parameter's device.
 
     Collective over the meshes of the parameters, which all ranks name in one order, with or without gradients.
+
+    Args:
+        squares: squared norms of this rank's parts of the gradients, in any number of tensors. Too large for float32
+            counts as not finite, as it would be in `exp_avg_sq`.
     """
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for grad in grads.values():
-        if grad.numel():
-            by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
     device = local(params[0]).device
     found = torch.zeros((), dtype=torch.float32, device=device)
-    for alike in by_kind.values():
-        # The largest entry of each (NaN wins): one read, nothing written, no overflow.
-        largest = torch.stack(torch._foreach_norm(alike, math.inf))
-        found = torch.maximum(found, (~largest.isfinite()).any().float().to(device, non_blocking=True))
+    for part in squares:
+        if part.numel():
+            bad = ~part.sum().isfinite()
+            found = torch.maximum(found, bad.to(device, torch.float32, non_blocking=True))
     for mesh in dict.fromkeys(param.device_mesh for param in params if is_dtensor(param)):
         for dim in range(mesh.ndim):
             if mesh.size(dim) > 1:
@@ -54,14 +48,19 @@ def any_nonfinite(params: Sequence[Any], grads: Mapping[Any, Tensor]) -> Tensor:
 
 
 def step(
-    group: Mapping[str, Any], states: Mapping[Any, State], grads: Mapping[Any, Tensor], found_nonfinite: Tensor
+    group: Mapping[str, Any],
+    states: Mapping[Any, State],
+    grads: Mapping[Any, Tensor],
+    found_nonfinite: Tensor,
+    factor: Tensor | None = None,
 ) -> None:
     """One AdamW step (https://arxiv.org/abs/1711.05101) of the group's parameters that have gradients.
 
     Args:
         group: params, lr (number or tensor), betas, eps, weight_decay.
-        grads: of `gradients`.
+        grads: this rank's parts.
         found_nonfinite: 0-dim; where it is 1.0, nothing changes, the step counter included.
+        factor: 0-dim, what gradients are multiplied by; torch's kernel writes them back so.
     """
     by_kind: dict[tuple[torch.device, torch.dtype], list[Any]] = {}
     for param in group["params"]:
@@ -74,12 +73,18 @@ def step(
         # A rank without a row of a parameter counts its steps all the same: the state is alike on every rank.
         held = [param for param in params if local(param).numel()]
         if held:
-            _fused(group, held, states, grads, found)
+            divisor = None if factor is None else factor.reciprocal().to(device, non_blocking=True)
+            _fused(group, held, states, grads, found, divisor)
         torch._foreach_sub_(steps, [found] * len(steps))
 
 
 def _fused(
-    group: Mapping[str, Any], params: list[Any], states: Mapping[Any, State], grads: Mapping[Any, Tensor], found: Tensor
+    group: Mapping[str, Any],
+    params: list[Any],
+    states: Mapping[Any, State],
+    grads: Mapping[Any, Tensor],
+    found: Tensor,
+    divisor: Tensor | None,
 ) -> None:
     """torch's kernel, which takes the memory of all four tensors of a parameter to be in one order."""
     lists: dict[str, list[Tensor]] = {"weight": [], "grad": [], "exp_avg": [], "exp_avg_sq": []}
@@ -90,7 +95,7 @@ def _fused(
         tensors = {"weight": weight, "grad": grads[param]}
         tensors |= {key: local(states[param][key]) for key in ("exp_avg", "exp_avg_sq")}
         for key, tensor in tensors.items():
-            if not _in_one_order(tensor, like):
+            if not _in_one_order(tensor, like) or tensor.dtype != like.dtype:  # a gradient may be narrower
                 copy = torch.empty_like(like).copy_(tensor)
                 if key != "grad":
                     copies.append((tensor, copy))
@@ -111,7 +116,7 @@ def _fused(
         eps=group["eps"],
         amsgrad=False,
         maximize=False,
-        grad_scale=None,
+        grad_scale=divisor,
         found_inf=found,
     )
     for tensor, copy in copies:

@@ -11,16 +11,17 @@ for its collective. The caching allocator can therefore give their memory only t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .owners import Block, Layout, assign_owners, shard_rows
+from .passes import scaled_copy
 
 MIN_BUCKETS = 3  # with more than one rank: one bucket travels there, one is worked on, one travels back
-MAX_ELEMENTS = 1 << 27  # of a bucket on its owner: bounds the memory of a step
+MAX_ELEMENTS = 1 << 29  # of a bucket on its owner: bounds the memory of a step, about 6 bytes an element
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,6 @@ class _Flight:
     send: Tensor
     receive: Tensor | None = None
     work: Any = None
-    updates: list[Tensor] = field(default_factory=list)
 
     def wait(self) -> None:
         if self.work is not None:
@@ -53,7 +53,10 @@ class _Flight:
 
 
 class Exchange:
-    """The buckets of all blocks of one layout. Each goes through the methods below in the order they stand in."""
+    """The buckets of all blocks of one layout. Each goes through the methods below in the order they stand in.
+
+    On one rank there is nothing to exchange: only the buckets are of use.
+    """
 
     def __init__(self, blocks: Sequence[Block], layout: Layout, wire: torch.dtype, device: torch.device) -> None:
         self.blocks, self.layout, self.wire, self.device = list(blocks), layout, wire, device
@@ -116,29 +119,26 @@ class Exchange:
         flight = self._flights[index]
         self._all_to_all(flight, flight.bucket.to_shard, flight.bucket.of_shard)
 
-    def collect(self, index: int) -> list[Tensor]:
-        """Wait, and put the owned blocks together: (rows, columns) each."""
+    def collect(self, index: int) -> list[list[Tensor]]:
+        """Wait, and give what came of every owned block: flat pieces that follow one another, none empty."""
         flight = self._flights[index]
         flight.wait()
-        pieces = self._by_block(flight.bucket, flight.send if flight.receive is None else flight.receive)
-        whole = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in pieces]
-        shapes = [(self.blocks[b].rows, self.blocks[b].columns) for b in flight.bucket.owned]
-        return [x.view(shape) for x, shape in zip(whole, shapes, strict=True)]
+        return self._by_block(flight.bucket, flight.send if flight.receive is None else flight.receive)
 
-    def give_back(self, index: int, updates: list[Tensor]) -> None:
-        """Start the updates of the owned blocks on the way back to the shards of this replica."""
+    def give_back(self, index: int, updates: list[Tensor], scales: Tensor | None) -> None:
+        """Start the updates of the owned blocks, times their scales, on the way back to the shards of this replica."""
         flight = self._flights[index]
-        if self.alone:
-            flight.updates = updates
-            return
         flight.send = torch.empty(sum(flight.bucket.of_shard), dtype=self.wire, device=self.device)
-        targets = [part for parts in self._by_block(flight.bucket, flight.send) for part in parts]
+        by_block = self._by_block(flight.bucket, flight.send)
+        targets = [part for parts in by_block for part in parts]
         sources = [
             part
             for b, update in zip(flight.bucket.owned, updates, strict=True)
             for part in update.reshape(-1).split_with_sizes([size for size in self._sizes(b) if size])
         ]
-        if targets:
+        if targets and scales is not None:
+            scaled_copy(sources, targets, [len(parts) for parts in by_block], scales)
+        elif targets:
             torch._foreach_copy_(targets, sources)
         self._all_to_all(flight, flight.bucket.of_shard, flight.bucket.to_shard)
 
@@ -161,9 +161,6 @@ class Exchange:
         """Wait, and give the updates of this rank's rows, flat, block by block."""
         flight = self._flights.pop(index)
         flight.wait()
-        if self.alone:
-            yield from zip(flight.bucket.owned, flight.updates, strict=True)
-            return
         came = flight.send if flight.receive is None else flight.receive
         rows = came.view(self.layout.replicas, -1) if came.numel() else came.view(self.layout.replicas, 0)
         for block, (replica, at) in flight.bucket.place.items():

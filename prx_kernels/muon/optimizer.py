@@ -18,8 +18,9 @@ from ..newton_schulz.polynomials import COEFFICIENTS, Coefficients, newton_schul
 from ..newton_schulz.symmetric_product import DTYPES
 from . import adamw
 from .exchange import Exchange
-from .owners import Block, Layout, layout_of, local
-from .plan import Member, Plan
+from .norms import Groups, clip_factor, groups_of, sums_of_squares, total_norm
+from .owners import Block, Layout, gradient, layout_of, local
+from .plan import Member, Plan, Step
 
 ADJUST_LR = (None, "original", "match_rms_adamw", "spectral_unclamped")
 
@@ -42,6 +43,8 @@ class Muon(torch.optim.Optimizer):
     Gradients that are not finite: their entries leave the momentum as it was, the matrix they are in is not updated
     (the others are), and `nonfinite`, a tensor on the device, counts it. AdamW's part is left out whole and counts as
     one.
+
+    `step` clips, too, if it is asked to, and `grad_norm` is then the norm of all gradients, a tensor on the device.
 
     Under FSDP2 and HSDP each matrix is orthogonalised by one rank of the mesh, chosen by `assign_owners`. Every rank
     must call `step` and give all groups alike. A parameter without a gradient on any rank is not changed.
@@ -121,6 +124,7 @@ class Muon(torch.optim.Optimizer):
         self._check_split_names()
         devices = [local(p).device for group in self.param_groups for p in group["params"]]
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=devices[0] if devices else None)
+        self.grad_norm = torch.zeros((), dtype=torch.float32, device=self.nonfinite.device)
         self._plans = self._plan()
 
     # --- parameters and state ------------------------------------------------------------------------------------
@@ -217,7 +221,8 @@ class Muon(torch.optim.Optimizer):
         self._plans = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_settings": self._settings, "nonfinite": self.nonfinite}
+        return {**super().__getstate__(), "_settings": self._settings, "nonfinite": self.nonfinite,
+                "grad_norm": self.grad_norm}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -227,8 +232,26 @@ class Muon(torch.optim.Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # a compiled training step breaks here, and goes on
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have gradients; on every rank of their meshes. Gives what `closure` gives."""
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        max_norm: float | None = None,
+        copies: Mapping[Any, Tensor] | None = None,
+    ) -> Any:
+        """Update all parameters that have gradients; on every rank of their meshes.
+
+        Args:
+            closure: computes the loss and the gradients anew.
+            max_norm: clip the gradients of all parameters together to this norm, as
+                `torch.nn.utils.clip_grad_norm_` before the step would, without a pass that writes them. `grad_norm`
+                tells their norm before. Where it is not finite, nothing changes on any rank.
+            copies: {parameter: tensor of the shape of its local part}, weights in another dtype that are written in the
+                same pass. One is right wherever its parameter has a gradient.
+
+        Returns:
+            What `closure` gives.
+        """
         self._check_capture()
         loss = None
         if closure is not None:
@@ -236,12 +259,40 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         if self._plans is None:
             self._plans = self._plan()
+        params = [param for group in self.param_groups for param in group["params"]]
+        # In one order on all ranks, also where this one has no row: they may have to send gradients to one another.
+        gradients = {param: gradient(param) for param in params if param.grad is not None}
+        squares, adam_squares, factor = self._measure(gradients, max_norm)
+        step = Step(self.param_groups, self.state, gradients, self._orthogonalise, factor, copies or {})
+        meanwhile = [lambda: self._step_adamw(step, adam_squares)] + [_nothing] * (len(self._plans) - 1)
         if not self._plans:
-            self._step_adamw()
-        for i, plan in enumerate(self._plans):
-            meanwhile = self._step_adamw if i == 0 else _nothing
-            self.nonfinite += plan.run(self.param_groups, self.state, self._orthogonalise, meanwhile)
+            meanwhile[0]()
+        for plan, known, other in zip(self._plans, squares, meanwhile, strict=False):
+            self.nonfinite += plan.run(step, known, other)
         return loss
+
+    def _measure(
+        self, gradients: Mapping[Any, Tensor], max_norm: float | None
+    ) -> tuple[list[Tensor | None], list[Tensor], Tensor | None]:
+        """Squared norms of the gradients: of each plan's parts if they are needed, and of AdamW's; the clip factor."""
+        assert self._plans is not None
+        adam: dict[tuple[torch.device, Groups], list[Tensor]] = {}
+        for group in self.param_groups:
+            for param in group["params"] if not group["use_muon"] else ():
+                parts = adam.setdefault((local(param).device, groups_of(param)), [])
+                parts += [gradients[param]] if param in gradients else []
+        wanted = [plan.measured or max_norm is not None for plan in self._plans]
+        lists = [
+            plan.gradient_parts(gradients) if needed else [] for plan, needed in zip(self._plans, wanted, strict=True)
+        ]
+        found = sums_of_squares([*lists, *adam.values()], self.nonfinite.device)
+        muon, rest = found[: len(lists)], found[len(lists) :]
+        factor = None
+        if max_norm is not None:
+            spread = [groups_of(plan.members[0].param) for plan in self._plans] + [groups for _, groups in adam]
+            self.grad_norm = total_norm(found, spread, self.nonfinite.device)
+            factor = clip_factor(self.grad_norm, max_norm)
+        return [x if plan.measured else None for x, plan in zip(muon, self._plans, strict=True)], rest, factor
 
     def _check_capture(self) -> None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -252,7 +303,7 @@ class Muon(torch.optim.Optimizer):
                         f"but group {number} has capturable {group['capturable']} and lr {group['lr']}"
                     )
 
-    def _orthogonalise(self, matrices: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    def _orthogonalise(self, matrices: list[Tensor], group: dict[str, Any], scales: Tensor | None) -> list[Tensor]:
         return newton_schulz(
             matrices,
             ns_coefficients=group["ns_coefficients"],
@@ -260,17 +311,24 @@ class Muon(torch.optim.Optimizer):
             algorithm=self._settings.ns_algorithm,
             dtype=self._settings.ns_dtype,
             eps=group["eps"],
+            scales=scales,
         )
 
-    def _step_adamw(self) -> None:
+    def _step_adamw(self, step: Step, squares: list[Tensor]) -> None:
         groups = [group for group in self.param_groups if not group["use_muon"]]
         params = [param for group in groups for param in group["params"]]
-        if params:
-            gradients = adamw.gradients(params)
-            found = adamw.any_nonfinite(params, gradients)
-            for group in groups:
-                adamw.step(group, self.state, gradients, found)
-            self.nonfinite += found.to(self.nonfinite.device, torch.int64, non_blocking=True)
+        if not params:
+            return
+        if step.factor is None:
+            found = adamw.any_nonfinite(params, squares)
+        else:  # one norm for all: what is not finite anywhere is left out everywhere
+            found = (~self.grad_norm.isfinite()).to(local(params[0]).device, torch.float32, non_blocking=True)
+        for group in groups:
+            adamw.step(group, self.state, step.gradients, found, step.factor)
+        copied = [param for param in params if param in step.copies]
+        if copied:
+            torch._foreach_copy_([step.copies[param] for param in copied], [local(param) for param in copied])
+        self.nonfinite += found.to(self.nonfinite.device, torch.int64, non_blocking=True)
 
     def _plan(self) -> list[Plan]:
         """Every matrix to its owner: one plan for each layout, dtype on the wire and device."""
@@ -286,11 +344,13 @@ class Muon(torch.optim.Optimizer):
                     members.append(Member(param, number))
                     blocks.append(Block(param.shape[0], row, rows, param.shape[1], self._cost(group, rows, param)))
                     row += rows
-        return [
-            Plan(members, Exchange(blocks, layout, wire, device))
-            for (layout, wire, device), (members, blocks) in found.items()
-            if blocks
-        ]
+        plans = []
+        for (layout, wire, device), (members, blocks) in found.items():
+            scaled = torch.float64 not in (wire, self._settings.ns_dtype)
+            if blocks:
+                held = self._settings.ns_dtype if scaled else wire
+                plans.append(Plan(members, Exchange(blocks, layout, wire, device), held, scaled))
+        return plans
 
     def _cost(self, group: dict[str, Any], rows: int, param: Tensor) -> float:
         """Operations of its Newton-Schulz."""

@@ -32,6 +32,7 @@ def newton_schulz(
     restarts: str | Sequence[int] = ...,
     dtype: torch.dtype = ...,
     eps: float = ...,
+    scales: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def newton_schulz(
@@ -43,6 +44,7 @@ def newton_schulz(
     restarts: str | Sequence[int] = ...,
     dtype: torch.dtype = ...,
     eps: float = ...,
+    scales: Tensor | None = ...,
 ) -> list[Tensor]: ...
 def newton_schulz(
     G: Tensor | Sequence[Tensor],
@@ -53,6 +55,7 @@ def newton_schulz(
     restarts: str | Sequence[int] = "auto",
     dtype: torch.dtype = torch.float16,
     eps: float = 1e-7,
+    scales: Tensor | None = None,
 ) -> Tensor | list[Tensor]:
     """Orthogonalise matrices: the nearest semi-orthogonal U·Vᵀ of G = U·Σ·Vᵀ, approximately (Muon's update).
 
@@ -78,13 +81,16 @@ def newton_schulz(
             ones by cuBLAS, as `torch.backends.cuda.matmul` is set). bfloat16 is as fast as float16 and eight times less
             exact; numbers here are of size 1, so its range gains nothing.
         eps: added to the norm; a zero matrix gives zeros.
+        scales: float32 (matrices,) on the device, one number for every matrix in the order of G. G is then of `dtype`
+            and not divided by its norm: scales·G stands for the matrix, of a norm of at most 1, and scales·result for
+            the result. So whoever knows the norms spares two passes.
 
     Returns:
         As G: a tensor, or a list, of the shapes and dtypes of G. A matrix with NaN or infinity gives NaN, alone.
 
     Raises:
         ValueError: an argument is out of range, or G has fewer than two dimensions.
-        TypeError: G or dtype is not floating.
+        TypeError: G or dtype is not floating, or tensors hold no numbers (device "meta").
         RuntimeError: G requires a gradient while gradients are recorded: there is no backward.
     """
     matrices = [G] if isinstance(G, Tensor) else list(G)
@@ -93,7 +99,9 @@ def newton_schulz(
     if not eps >= 0.0:
         raise ValueError(f"eps must be at least 0, got {eps}")
     _check_matrices(matrices)
-    results = _orthogonalise(matrices, steps, algorithm, resets, dtype, eps)
+    if scales is not None:
+        _check_scales(matrices, dtype, scales)
+    results = _orthogonalise(matrices, steps, algorithm, resets, dtype, eps, scales)
     results = [y.to(x.dtype) for x, y in zip(matrices, results, strict=True)]
     return results[0] if isinstance(G, Tensor) else results
 
@@ -123,6 +131,7 @@ class _Stack:
     members: list[int]  # positions in the list given
     X: Tensor
     tall: bool
+    scales: Tensor | None  # (count,): what stands for the matrices is X times these
 
     def times(self, Q: Tensor, *, beta: float = 0.0) -> Tensor:
         """Q·X + beta·X for symmetric Q, in the memory layout of X.
@@ -144,8 +153,11 @@ def _orthogonalise(
     restarts: tuple[int, ...],
     dtype: torch.dtype,
     eps: float,
+    scales: Tensor | None,
 ) -> list[Tensor]:
     """`newton_schulz` with checked arguments; results are of `dtype`."""
+    counts = [x.shape[:-2].numel() for x in matrices]
+    parts = [None] * len(matrices) if scales is None else scales.split_with_sizes(counts)
     results = [x.new_zeros(x.shape, dtype=dtype) if x.numel() == 0 else x for x in matrices]
     by_shape: dict[tuple[torch.device, int, int], list[int]] = {}
     for i, x in enumerate(matrices):
@@ -158,21 +170,40 @@ def _orthogonalise(
         batches.setdefault((device, min(rows, columns), gram), []).append(members)
     for (device, _, gram), shapes in batches.items():
         with torch.no_grad(), _exact_dtypes(device):
-            stacks = [_stack(matrices, members, dtype, eps) for members in shapes]
+            stacks = [_stack(matrices, members, dtype, eps, parts) for members in shapes]
             (_gram_form if gram else _standard_form)(stacks, steps, restarts)
             for stack in stacks:
                 _unstack(stack, results)
     return results
 
 
-def _stack(matrices: list[Tensor], members: list[int], dtype: torch.dtype, eps: float) -> _Stack:
-    """The normalised matrices of one shape behind one another, in the layout they came in."""
+def _stack(
+    matrices: list[Tensor], members: list[int], dtype: torch.dtype, eps: float, scales: Sequence[Tensor | None]
+) -> _Stack:
+    """The matrices of one shape behind one another, in the layout they came in; normalised without scales."""
     rows, columns = matrices[members[0]].shape[-2:]
     parts = [matrices[i].reshape(-1, rows, columns) for i in members]
+    given = [scale for i in members if (scale := scales[i]) is not None]
+    if given:
+        X = _behind_one_another(parts)
+        factors = given[0] if len(given) == 1 else torch.cat(given)
+        return _Stack(members, X.mT if rows > columns else X, rows > columns, factors)
     X = parts[0].new_empty((sum(part.shape[0] for part in parts), rows, columns), dtype=dtype)
     for part, place in zip(parts, X.split_with_sizes([part.shape[0] for part in parts]), strict=True):
         _unit_norm(part, eps, place)
-    return _Stack(members, X.mT if rows > columns else X, rows > columns)
+    return _Stack(members, X.mT if rows > columns else X, rows > columns, None)
+
+
+def _behind_one_another(parts: list[Tensor]) -> Tensor:
+    """Batches (count, rows, columns) as one: without a copy where they lie so in memory."""
+    first, at = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage()._cdata == first.untyped_storage()._cdata
+        if not (same and part.is_contiguous() and part.storage_offset() == at):
+            return torch.cat(parts)
+        at += part.numel()
+    count = sum(part.shape[0] for part in parts)
+    return first.as_strided((count, *first.shape[1:]), first[:1].stride())
 
 
 def _unstack(stack: _Stack, results: list[Tensor]) -> None:
@@ -197,27 +228,27 @@ def _gram_form(stacks: list[_Stack], steps: tuple[Polynomial, ...], restarts: tu
             _multiply(stacks, Q)
             R, Q = _gram(stacks), None
         Z = sym_gemm(R, R, C=R, alpha=c, beta=b)
-        if Q is None:
-            Q = Z.clone()
-            Q.diagonal(dim1=-2, dim2=-1).add_(a)
-        else:
+        if Q is not None:
             Q = sym_gemm(Q, Z, C=Q, beta=a)
         if t + 1 < len(steps) and t + 1 not in restarts:
             RZ = sym_gemm(R, Z, C=R, beta=a)
             R = sym_gemm(Z, RZ, C=RZ, beta=a)
+        if Q is None:
+            Q = Z  # which nobody needs any more
+            Q.diagonal(dim1=-2, dim2=-1).add_(a)
     assert Q is not None, "there is at least one step"
     _multiply(stacks, Q)
 
 
 def _gram(stacks: list[_Stack]) -> Tensor:
-    """X·Xᵀ of every matrix of every stack, one behind the other."""
+    """X·Xᵀ of every matrix of every stack, one behind the other, of what X stands for."""
     if len(stacks) == 1:
-        return sym_gemm(stacks[0].X, stacks[0].X)
+        return sym_gemm(stacks[0].X, stacks[0].X, scales=stacks[0].scales)
     counts = [stack.X.shape[0] for stack in stacks]
     n = stacks[0].X.shape[1]
     R = stacks[0].X.new_empty((sum(counts), n, n))
     for stack, part in zip(stacks, R.split_with_sizes(counts), strict=True):
-        sym_gemm(stack.X, stack.X, out=part)
+        sym_gemm(stack.X, stack.X, scales=stack.scales, out=part)
     return R
 
 
@@ -261,9 +292,23 @@ def _check_matrices(matrices: list[Tensor]) -> None:
     for x in matrices:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"newton_schulz needs floating-point tensors, got {getattr(x, 'dtype', type(x).__name__)}")
+        if x.device.type == "meta":
+            raise TypeError(
+                f"newton_schulz needs numbers, got a tensor on the device meta of shape {tuple(x.shape)}; "
+                f"under a FakeTensorMode it gives shapes"
+            )
         if x.ndim < 2:
             raise ValueError(f"newton_schulz needs matrices (..., rows, columns), got shape {tuple(x.shape)}")
     check_no_grad("newton_schulz", matrices)
+
+
+def _check_scales(matrices: list[Tensor], dtype: torch.dtype, scales: Tensor) -> None:
+    count = sum(x.shape[:-2].numel() for x in matrices)
+    if scales.shape != (count,) or scales.dtype != torch.float32:
+        raise ValueError(f"scales must be float32 of shape ({count},), got {scales.dtype} of {tuple(scales.shape)}")
+    for x in matrices:
+        if x.dtype != dtype:
+            raise TypeError(f"with scales, matrices must be of the iteration's dtype, {dtype}, got {x.dtype}")
 
 
 def _resolve(

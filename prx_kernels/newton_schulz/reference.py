@@ -10,13 +10,25 @@ from ..launch import widened
 
 
 def sym_gemm(
-    A: Tensor, B: Tensor, C: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0, gamma: float = 0.0
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """`alpha·A·Bᵀ + beta·C + gamma·I` for (..., n, k) operands, the upper triangle mirrored; dtype of A.
 
-    Formed in float32 (float64 for float64) and rounded once. beta = 0 does not read C.
+    Formed in float32 (float64 for float64) and rounded once. beta = 0 does not read C. A and B of each matrix are
+    multiplied by its number in `scales` (...), if there are any.
     """
-    product = _plus_product(C, A, B.mT, beta=beta, alpha=alpha)
+    if scales is None:
+        product = _plus_product(C, A, B.mT, beta=beta, alpha=alpha)
+    else:
+        product = widened(_plus_product(None, A, B.mT, beta=0.0, alpha=alpha)) * scales.square()[..., None, None]
+        product = product if C is None or beta == 0.0 else product.add_(C, alpha=beta)
     if gamma != 0.0:
         product.diagonal(dim1=-2, dim2=-1).add_(gamma)
     upper = torch.ones(product.shape[-2:], dtype=torch.bool, device=product.device).triu()

@@ -82,18 +82,20 @@ def _sym_gemm_tma_kernel(  # type: ignore[no-untyped-def]
     b_desc,
     c_desc,
     out_desc,
+    scale_ptr,
     k,
     tiles,
     alpha,
     beta,
     gamma,
     HAS_C: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """alpha·A·Bᵀ + beta·C + gamma·I. Descriptors give zeros outside a matrix and write nothing there."""
+    """alpha·scale²·A·Bᵀ + beta·C + gamma·I. Descriptors give zeros outside a matrix and write nothing there."""
     batch, row, col = _tile(tiles, ROWS, COLS)
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for depth in range(0, k, DEPTH):
@@ -104,6 +106,9 @@ def _sym_gemm_tma_kernel(  # type: ignore[no-untyped-def]
             a = a_desc.load([batch, row, depth]).reshape(ROWS, DEPTH)
             b = tl.trans(b_desc.load([batch, col, depth]).reshape(COLS, DEPTH))
         acc = tl.dot(a, b, acc)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + batch)
+        alpha *= scale * scale
     acc *= alpha
     if HAS_C:
         acc += beta * c_desc.load([batch, row, col]).reshape(ROWS, COLS).to(tl.float32)
@@ -121,6 +126,7 @@ def _sym_gemm_pointer_kernel(  # type: ignore[no-untyped-def]
     b_ptr,
     c_ptr,
     out_ptr,
+    scale_ptr,
     n,
     k,
     tiles,
@@ -136,6 +142,7 @@ def _sym_gemm_pointer_kernel(  # type: ignore[no-untyped-def]
     beta,
     gamma,
     HAS_C: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -176,6 +183,9 @@ def _sym_gemm_pointer_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             b = tl.trans(b)
         acc = tl.dot(a, b, acc, input_precision="ieee")
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + batch)
+        alpha *= scale * scale
     acc *= alpha
     inside = (rows < n)[:, None] & (cols < n)[None, :]
     if HAS_C:
@@ -215,12 +225,15 @@ UNALIGNED: Table = {0: ((2**31 - 1, _tile_config(32, 32, 32, 4, 2)),)}
 FLOAT32: Table = {0: ((2**31 - 1, _tile_config(64, 64, 16, 4, 3)),)}
 
 
-def sym_gemm(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor) -> None:
-    """Write alpha·A·Bᵀ + beta·C + gamma·I to out, (batch, n, n); no C counts as beta = 0."""
+def sym_gemm(
+    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor,
+    scales: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write alpha·scales²·A·Bᵀ + beta·C + gamma·I to out, (batch, n, n); no C counts as beta = 0."""
     if out.numel() == 0:
         return
     if A.dtype == torch.float64 or A.shape[2] == 0:
-        out.copy_(reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma))
+        out.copy_(reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma, scales=scales))
         return
     transposed = _dense(A.mT) and _dense(B.mT) and not (_dense(A) and _dense(B))
     if transposed:
@@ -230,7 +243,9 @@ def sym_gemm(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, 
     target = out if _dense(out) else out.new_empty(out.shape)
     config, with_tma = choose(A, B, C, target)
     with on_device(out):
-        (_launch_tma if with_tma else _launch_pointer)(A, B, C, target, alpha, beta, gamma, transposed, config)
+        (_launch_tma if with_tma else _launch_pointer)(
+            A, B, C, target, alpha, beta, gamma, transposed, config, scales
+        )  # fmt: skip
     if target is not out:
         out.copy_(target)
 
@@ -251,7 +266,7 @@ def choose(A: Tensor, B: Tensor, C: Tensor | None, out: Tensor) -> tuple[Config,
 
 def _launch_tma(
     A: Tensor, B: Tensor, C: Tensor | None, out: Tensor, alpha: float, beta: float, gamma: float,
-    transposed: bool, config: Config,
+    transposed: bool, config: Config, scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     rows, cols, depth = (config.options[name] for name in ("ROWS", "COLS", "DEPTH"))
     _sym_gemm_tma_kernel[(out.shape[0] * _tiles(out.shape[1], config),)](
@@ -259,21 +274,21 @@ def _launch_tma(
         _descriptor(B, (depth, cols) if transposed else (cols, depth)),
         None if C is None else _descriptor(C, (rows, cols)),
         _descriptor(out, (rows, rows)),
-        A.shape[1 if transposed else 2], _tiles(out.shape[1], config), alpha, beta, gamma,
-        HAS_C=C is not None, TRANSPOSED=transposed, **config.options,
+        scales, A.shape[1 if transposed else 2], _tiles(out.shape[1], config), alpha, beta, gamma,
+        HAS_C=C is not None, HAS_SCALE=scales is not None, TRANSPOSED=transposed, **config.options,
     )  # fmt: skip
 
 
 def _launch_pointer(
     A: Tensor, B: Tensor, C: Tensor | None, out: Tensor, alpha: float, beta: float, gamma: float,
-    transposed: bool, config: Config,
+    transposed: bool, config: Config, scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     c = out if C is None else C  # not read without C
     n, k = out.shape[1], A.shape[1 if transposed else 2]
     strides = [stride for x in (A, B, c, out) for stride in x.stride()[:2]]
     _sym_gemm_pointer_kernel[(out.shape[0] * _tiles(n, config),)](
-        A, B, c, out, n, k, _tiles(n, config), *strides, alpha, beta, gamma,
-        HAS_C=C is not None, TRANSPOSED=transposed, ALIGN=_alignment([A, B, c, out]), **config.options,
+        A, B, c, out, scales, n, k, _tiles(n, config), *strides, alpha, beta, gamma, HAS_C=C is not None,
+        HAS_SCALE=scales is not None, TRANSPOSED=transposed, ALIGN=_alignment([A, B, c, out]), **config.options,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ def sym_gemm(
     alpha: float = 1.0,
     beta: float = 0.0,
     gamma: float = 0.0,
+    scales: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """`alpha·A·Bᵀ + beta·C + gamma·I` where the caller promises that the result is symmetric; half a product's work.
@@ -36,6 +37,7 @@ def sym_gemm(
             columns are dense is read in place, other layouts are copied.
         C: like the result and symmetric too; not read for beta = 0.
         alpha, beta, gamma: numbers, not tensors.
+        scales: float32 (batch,): what the operands A and B of each matrix are multiplied by, without a pass over them.
         out: where to put the result; it shares no memory with A, B or C.
 
     Returns:
@@ -47,16 +49,21 @@ def sym_gemm(
         TypeError: dtypes differ or are not floating.
         RuntimeError: an operand requires a gradient while gradients are recorded: the op has none.
     """
-    check_no_grad("sym_gemm", [x for x in (A, B, C, out) if x is not None])
+    check_no_grad("sym_gemm", [x for x in (A, B, C, scales, out) if x is not None])
     _check_operands(A, B, C, beta, out)
+    if scales is not None and (scales.shape != A.shape[:-2] or scales.dtype != torch.float32):
+        raise ValueError(
+            f"scales must be float32 of shape {tuple(A.shape[:-2])}, got {scales.dtype} of {tuple(scales.shape)}"
+        )
     batched = [x.unsqueeze(0) if x is not None and x.ndim == 2 else x for x in (A, B, C, out)]
     a, b, c, result = batched
     c = c if beta != 0.0 else None
     alpha, beta, gamma = float(alpha), float(beta), float(gamma)
+    scales = scales.reshape(1) if scales is not None and scales.ndim == 0 else scales
     if result is not None and out is not None:
-        _sym_gemm_out(a, b, c, alpha, beta, gamma, result)
+        _sym_gemm_out(a, b, c, alpha, beta, gamma, result, scales)
         return out
-    made: Tensor = _sym_gemm(a, b, c, alpha, beta, gamma)
+    made: Tensor = _sym_gemm(a, b, c, alpha, beta, gamma, scales)
     return made if A.ndim == 3 else made[0]
 
 
@@ -64,38 +71,53 @@ def sym_gemm(
 
 
 @custom_op("sym_gemm")
-def _sym_gemm(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float) -> Tensor:
+def _sym_gemm(
+    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, scales: Tensor | None = None
+) -> Tensor:
     out = A.new_empty((A.shape[0], A.shape[1], A.shape[1]))
-    kernels.sym_gemm(A, B, C, alpha, beta, gamma, out)
+    kernels.sym_gemm(A, B, C, alpha, beta, gamma, out, scales)
     return out
 
 
 @_sym_gemm.register_kernel("cpu")
-def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float) -> Tensor:
+def _(
+    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, scales: Tensor | None = None
+) -> Tensor:
     with torch.autocast("cpu", enabled=False):
-        return reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma)
+        return reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma, scales=scales)
 
 
 @_sym_gemm.register_fake
-def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float) -> Tensor:
+def _(
+    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, scales: Tensor | None = None
+) -> Tensor:
     return A.new_empty((A.shape[0], A.shape[1], A.shape[1]))
 
 
 @custom_op("sym_gemm_out", mutates=("out",))
-def _sym_gemm_out(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor) -> None:
+def _sym_gemm_out(
+    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor,
+    scales: Tensor | None = None,
+) -> None:  # fmt: skip
     _check_overlap(out, A, B, C)
-    kernels.sym_gemm(A, B, C, alpha, beta, gamma, out)
+    kernels.sym_gemm(A, B, C, alpha, beta, gamma, out, scales)
 
 
 @_sym_gemm_out.register_kernel("cpu")
-def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor) -> None:
+def _(
+    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor,
+    scales: Tensor | None = None,
+) -> None:  # fmt: skip
     _check_overlap(out, A, B, C)
     with torch.autocast("cpu", enabled=False):
-        out.copy_(reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma))
+        out.copy_(reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma, scales=scales))
 
 
 @_sym_gemm_out.register_fake
-def _(A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor) -> None:
+def _(
+    A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor,
+    scales: Tensor | None = None,
+) -> None:  # fmt: skip
     return None
 
 

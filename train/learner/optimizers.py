@@ -3,16 +3,16 @@
 The split is by name and rank alone, so it can be printed before anything is trained.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from prx_kernels import Muon
 from prx_kernels.reference import cpu_has_bfloat16
-from train.ranks.parallel import World, compute_dtype
+from train.ranks.parallel import compute_dtype
+from train.ranks.working_copy import WorkingCopy
 from train.recipes import Recipe, Train
 
 Named = list[tuple[str, nn.Parameter]]
@@ -69,12 +69,24 @@ class Optimizers:
         )
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
-    def step(self, factor: float) -> None:
-        """Update all parameters at `factor` times their learning rates, then drop the gradients."""
+    def step(self, factor: float, clip: float, copies: Sequence[WorkingCopy] = ()) -> Tensor:
+        """Update all parameters at `factor` times their learning rates, then drop the gradients.
+
+        Args:
+            clip: norm to which all gradients together are scaled down.
+            copies: working copies of the parameters, written in the same passes.
+
+        Returns:
+            Their norm before, over all ranks, 0-dim on the device. Where it is not finite, nothing is changed on any
+            rank, and nobody has to wait for the device to decide so.
+        """
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        self.optimizer.step()
+        self.optimizer.step(max_norm=clip, copies=dict(pair for copy in copies for pair in copy.pairs()))
+        for copy in copies:
+            copy.written()
         self.optimizer.zero_grad()
+        return self.optimizer.grad_norm
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every state tensor as "parameter/key", in place."""
@@ -97,29 +109,3 @@ def learning_rate_factor(step: int, settings: Train) -> float:
     warm = (step + 1) / settings.warmup if settings.warmup else 1.0
     cool = (settings.steps - step) / settings.cooldown if settings.cooldown else 1.0
     return min(1.0, warm, cool)
-
-
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[Any], limit: float, world: World) -> Tensor:
-    """Scale gradients, sharded or not, to a global norm of at most `limit`; gives the norm before, on the device.
-
-    Where the norm is not finite on any rank, every gradient becomes NaN: `Muon` then changes nothing at all, on any
-    rank, and nobody has to wait for the device to decide so.
-    """
-    parameters = [p for p in parameters if p.grad is not None]
-    for p in parameters:
-        p.grad = p.grad.to(p.dtype)  # a working copy's come in its dtype
-    gradients = [_local(p.grad) for p in parameters]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    if world.mesh is not None and world.size > 1:
-        squares = norm.square()
-        dist.all_reduce(squares, group=world.mesh.get_group("shard"))
-        norm = squares.sqrt()
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, torch.where(norm.isfinite(), scale, torch.nan))
-    return norm
-
-
-def _local(gradient: Any) -> Tensor:
-    part: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return part

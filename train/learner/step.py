@@ -19,7 +19,7 @@ from prx_model.ema import EMA
 from prx_model.packed_text import PackedText
 from train.data.loader import Batch
 from train.learner.build import Modules, build
-from train.learner.optimizers import Optimizers, clip_gradients, learning_rate_factor, named_parameters
+from train.learner.optimizers import Optimizers, learning_rate_factor, named_parameters
 from train.learner.teaching import TeacherLosses, build_teachers
 from train.randomness import derive_seed
 from train.ranks import parallel
@@ -99,8 +99,9 @@ class Learner:
     def update(self, number: int) -> Tensor:
         """The second half: clip, update and drop the gradients, average the weights; gives the norm before."""
         with self.stopwatch.span("optimizer"):
-            norm = clip_gradients([p for _, p in self.parameters], self.recipe.train.clip, self.world)
-            self.optimizers.step(learning_rate_factor(number, self.recipe.train))
+            norm = self.optimizers.step(
+                learning_rate_factor(number, self.recipe.train), self.recipe.train.clip, self.copies
+            )
         taken = norm.isfinite()
         self.skipped += ~taken
         self.skipped[1] *= ~taken

@@ -28,3 +28,21 @@ def test_entries_that_are_not_finite():
 
 def test_layouts():
     checks.check_layouts("cpu")
+
+
+def test_sums_of_squares():
+    checks.check_squares("cpu")
+
+
+@pytest.mark.parametrize(("source", "dtype"), [(FULL, HALF), (HALF, FULL), (FULL, FULL)])
+def test_scaled_copies(source, dtype):
+    checks.check_copy(source, dtype, "cpu")
+
+
+def test_scales_are_the_definitions_to_the_bit():
+    checks.check_scales("cpu")
+
+
+def test_a_step_of_the_trainer():
+    checks.check_momentum_of_a_step(HALF, "cpu")
+    checks.check_apply_of_a_step(HALF, "cpu")

@@ -29,10 +29,12 @@ def tma(config: Config, element: str, arch: int, *, has_c: bool = True, transpos
         "tiles": "i32",
         **SCALES,
     }
-    constants = {"HAS_C": has_c, "TRANSPOSED": transposed}
+    constants = {"HAS_C": has_c, "HAS_SCALE": not has_c, "TRANSPOSED": transposed}  # X·Xᵀ has scales and no C
     if has_c:
         arguments["c_desc"] = descriptor(rows, cols)
+        constants["scale_ptr"] = None
     else:
+        arguments["scale_ptr"] = "*fp32"
         constants["c_desc"] = None
     return build(kernels._sym_gemm_tma_kernel, arguments, constants, config, arch)
 
@@ -40,7 +42,8 @@ def tma(config: Config, element: str, arch: int, *, has_c: bool = True, transpos
 def pointer(config: Config, element: str, arch: int, *, align: int, transposed: bool = False) -> Build:
     arguments = dict.fromkeys(("n", "k", "tiles", *STRIDES), "i32") | SCALES
     arguments |= {f"{tensor}_ptr": f"*{element}" for tensor in ("a", "b", "c", "out")}
-    constants = {"HAS_C": True, "TRANSPOSED": transposed, "ALIGN": align}
+    arguments["scale_ptr"] = "*fp32"
+    constants = {"HAS_C": True, "HAS_SCALE": True, "TRANSPOSED": transposed, "ALIGN": align}
     return build(kernels._sym_gemm_pointer_kernel, arguments, constants, config, arch)
 
 
