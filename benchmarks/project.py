@@ -128,6 +128,7 @@ def measured(files: Sequence[Path]) -> Speed:
     Raises:
         ValueError: a file that is none of ours, or none that holds both stages.
     """
+    batches = {step.size: step.batch for step in (STAGE_1, STAGE_2)}
     found: dict[int, float] = {}
     rates: dict[int, Rate] = {}
     speed = replace(floors(), known="measured: " + ", ".join(path.name for path in files))
@@ -136,7 +137,9 @@ def measured(files: Sequence[Path]) -> Speed:
         speed = replace(speed, copy=ceilings.copy_bytes_per_second, copy_known=f"copy bandwidth in {path.name}")
         for row in rows:
             size = re.match(r"(\d+) px x (\d+), text 40%", row.case)
-            if row.op == "training step, without optimizer" and row.way == "ours" and row.clock == "wall" and size:
+            timed = row.op == "training step, without optimizer" and row.way == "ours" and row.clock == "wall"
+            # Half of the pictures, a smaller GPU's part, would be taken for all of them.
+            if timed and size and int(size[2]) == batches.get(int(size[1])):
                 found[int(size[1])] = row.seconds
             count = _matrices(row)
             if count:
@@ -144,8 +147,9 @@ def measured(files: Sequence[Path]) -> Speed:
                 rates[count] = Rate(work / row.seconds, f"measured of {row.case} in {path.name}")
     if not {512, 1024} <= found.keys():
         raise ValueError(
-            "the result files hold no measured step without optimizer at both 512 and 1024 px (GPU rows only); "
-            "run benchmarks/run_h200.sh, or give --ms"
+            "the result files hold no measured step without optimizer at both 512 and 1024 px with the recipe's "
+            f"{STAGE_1.batch} and {STAGE_2.batch} pictures (GPU rows only); run benchmarks/run_h200.sh on an H200, or "
+            "give --ms"
         )
     return replace(speed, seconds=(found[512], found[1024]), newton_schulz=rates or speed.newton_schulz)
 

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Everything that matters on one GPU, in under nine minutes: bash benchmarks/run_h200.sh OUT [part ...]
 #
-# Parts: gpu-tests, kernels, step, profile, train; all of them by default. Each is bounded in time, writes its log and
-# results to OUT, and is skipped where OUT already holds its result: the same command goes on where it was cut off.
-# A part of which some rows failed or did not finish keeps the others, and fails.
+# Made for an H200; an H100 of 80 GB does half of the pictures of a step, and every GPU measures its own ceilings.
+# Parts: smoke, first-step, gpu-tests, kernels, step, profile, train; all of them by default. The first two take a
+# minute: one launch of every op against its definition, then one step of prx-512 at batch 4. Each is bounded in time,
+# writes its log and results to OUT, and is skipped where OUT already holds its result: the same command goes on where
+# it was cut off. A part that fails does not stop the others; one of which some rows failed or did not finish keeps
+# the rest, and fails.
 # On their own, most of nine minutes each: steps does every row of the step, all-kernels every row of the kernels, wall
 # time too (step and kernels only those that come first). pointwise times what stands between a block's matrix products,
 # which is read beside the profile.
@@ -13,11 +16,11 @@
 # only, as benchmarks take tiny sizes then: to see that all works. PRX_COMMIT names the commit where git does not know.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { echo "usage: bash benchmarks/run_h200.sh OUT [gpu-tests|kernels|step|profile|train|steps|all-kernels|pointwise ...]" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: bash benchmarks/run_h200.sh OUT [smoke|first-step|gpu-tests|kernels|step|profile|train|steps|all-kernels|pointwise ...]" >&2; exit 2; }
 out=$(mkdir -p "$1" && cd "$1" && pwd) || { echo "cannot write to $1" >&2; exit 2; }
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(gpu-tests kernels step profile train)
+[ ${#parts[@]} -gt 0 ] || parts=(smoke first-step gpu-tests kernels step profile train)
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
@@ -68,8 +71,15 @@ kernels=(benchmarks/test_{newton_schulz,muon,token_routing,patch_embed,attention
 
 for wanted in "${parts[@]}"; do
   case "$wanted" in
-    gpu-tests) part gpu-tests 100 gpu-tests.txt "$python" -m pytest -m gpu -q -p no:cacheprovider tests ;;
-    kernels) bench kernels 90 15 "${kernels[@]}" -k "not wall" ;;
+    smoke) part smoke 45 smoke.txt "$python" -m pytest -m gpu -q -p no:cacheprovider tests/gpu/test_smoke.py ;;
+    first-step)
+      has lpips first-step && part first-step 45 first-step.txt "$python" -m benchmarks.first_step
+      ;;
+    gpu-tests)
+      part gpu-tests 70 gpu-tests.txt "$python" -m pytest -m gpu -q -p no:cacheprovider tests \
+        --ignore tests/gpu/test_smoke.py
+      ;;
+    kernels) bench kernels 70 15 "${kernels[@]}" -k "not wall" ;;
     all-kernels) bench all-kernels 530 30 "${kernels[@]}" ;;
     step) # a row of it compiles for up to a minute
       has lpips "step with teachers" || true
@@ -78,14 +88,14 @@ for wanted in "${parts[@]}"; do
     steps) bench steps 530 60 benchmarks/test_step.py benchmarks/test_model.py ;;
     pointwise) bench pointwise 180 30 benchmarks/test_pointwise.py ;;
     profile)
-      has lpips profile && part profile 80 profile-512.json "$python" -m benchmarks.profile_step --out "$out"
+      has lpips profile && part profile 65 profile-512.json "$python" -m benchmarks.profile_step --out "$out"
       ;;
     train)
-      has tyro train && part train 85 train.txt "$python" train/speedrun.py --output.folder "$out/runs" \
+      has tyro train && part train 60 train.txt "$python" train/speedrun.py --output.folder "$out/runs" \
         --output.name shapes $(short) ${PRX_TRAIN:-}
       ;;
     *)
-      echo "unknown part '$wanted'; there are gpu-tests, kernels, step, profile, train, steps, all-kernels, pointwise" >&2
+      echo "unknown part '$wanted'; there are smoke, first-step, gpu-tests, kernels, step, profile, train, steps, all-kernels, pointwise" >&2
       exit 2
       ;;
   esac
@@ -97,5 +107,7 @@ for result in kernels all-kernels step steps pointwise; do
 done
 [ -e "$out/profile-512.json" ] && tail -n 25 "$out/profile.log"
 [ -e "$out/train.txt" ] && tail -n 1 "$out/train.txt"
-[ -e "$out/gpu-tests.txt" ] && tail -n 1 "$out/gpu-tests.txt"
+for result in smoke first-step gpu-tests; do
+  [ -e "$out/$result.txt" ] && tail -n 1 "$out/$result.txt"
+done
 exit $failed

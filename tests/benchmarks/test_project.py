@@ -255,6 +255,13 @@ def test_measured_steps_are_read_from_result_files(tmp_path: Path) -> None:
         project.measured([result_files.write(tmp_path / "cpu.json", on_gpu=False)])
 
 
+def test_a_step_of_fewer_pictures_than_the_recipe_s_is_no_step_of_the_recipe(tmp_path: Path) -> None:
+    halves = [replace(row, case=row.case.replace("px x 32", "px x 16")) for row in result_files.rows()]
+    assert any("512 px x 16" in row.case for row in halves)
+    with pytest.raises(ValueError, match="recipe's 32 and 16 pictures"):
+        project.measured([result_files.write(tmp_path / "h100.json", halves)])
+
+
 def test_an_owner_s_matrices_run_at_the_rate_of_the_nearest_number_measured(tmp_path: Path) -> None:
     """On 4 x 8 GPUs the fullest owner holds 4: with rows of 3 and 6 it takes that of 3, on one GPU that of all."""
     newton = next(row for row in result_files.rows() if row.case == "all 112 of PRX")

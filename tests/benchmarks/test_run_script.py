@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import first_step, sizes
 from benchmarks.profile_step import kind_of, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,18 +53,30 @@ def calls(tmp_path: Path) -> list[str]:
 def test_all_parts_run_once_and_are_not_repeated(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = {"gpu-tests.txt", "kernels.json", "step.json", "profile-512.json", "train.txt"}
+    results = {
+        "smoke.txt",
+        "first-step.txt",
+        "gpu-tests.txt",
+        "kernels.json",
+        "step.json",
+        "profile-512.json",
+        "train.txt",
+    }
     assert results <= {path.name for path in (tmp_path / "out").iterdir()}
     first = calls(tmp_path)
-    assert len(first) == 5
-    assert "benchmarks/test_newton_schulz.py benchmarks/test_muon.py benchmarks/test_token_routing.py" in first[1]
-    assert "-k not wall" in first[1]
-    assert "benchmarks/test_step.py" not in first[1]
-    assert "benchmarks/test_step.py" in first[2]
+    assert len(first) == 7
+    assert "-m gpu" in first[0]
+    assert first[0].endswith("tests/gpu/test_smoke.py")
+    assert first[1] == "-m benchmarks.first_step"
+    assert first[2].endswith("tests --ignore tests/gpu/test_smoke.py")
+    assert "benchmarks/test_newton_schulz.py benchmarks/test_muon.py benchmarks/test_token_routing.py" in first[3]
+    assert "-k not wall" in first[3]
+    assert "benchmarks/test_step.py" not in first[3]
+    assert "benchmarks/test_step.py" in first[4]
     (tmp_path / "out" / "step.json").unlink()
     again = run(tmp_path)
     assert again.returncode == 0
-    assert again.stdout.count("done before") == 4
+    assert again.stdout.count("done before") == 6
     later = calls(tmp_path)[len(first) :]
     assert len(later) == 1
     assert "benchmarks/test_step.py" in later[0]
@@ -75,6 +88,15 @@ def test_a_failing_part_is_named_keeps_no_result_and_does_not_stop_the_others(tm
     assert "kernels: FAILED with code 3, see kernels.log" in done.stdout
     assert not (tmp_path / "out" / "kernels.json").exists()
     assert (tmp_path / "out" / "train.txt").exists()
+
+
+def test_a_smoke_part_that_fails_does_not_stop_the_rest(tmp_path: Path) -> None:
+    done = run(tmp_path, "smoke", "first-step", "gpu-tests", FAIL="test_smoke.py")
+    assert done.returncode == 1
+    assert "smoke: FAILED with code 3, see smoke.log" in done.stdout
+    assert not (tmp_path / "out" / "smoke.txt").exists()
+    assert (tmp_path / "out" / "first-step.txt").exists()
+    assert len(calls(tmp_path)) == 3
 
 
 def test_rows_that_were_measured_outlive_those_that_failed(tmp_path):
@@ -105,7 +127,7 @@ def test_wrong_use_is_a_sentence(tmp_path):
 def test_the_usual_parts_limits_add_up_to_less_than_nine_minutes() -> None:
     words = (ROOT / "benchmarks" / "run_h200.sh").read_text()
     limits = {name: int(limit) for name, limit in re.findall(r"(?:part|bench) ([a-z-]+) (\d+) ", words)}
-    usual = re.search(r"parts=\((gpu-tests.*)\)", words)
+    usual = re.search(r"parts=\((smoke first-step gpu-tests.*)\)", words)
     assert usual is not None
     assert sum(limits[name] for name in usual[1].split()) < 540
     assert max(limits.values()) < 540
@@ -179,3 +201,30 @@ def test_profile_sums_time_by_kernel_and_kind_for_one_step():
 )
 def test_kernels_are_sorted_by_name(kernel, kind):
     assert kind_of(kernel) == kind
+
+
+# --- the first step, and sizes that fit --------------------------------------------------------------------------
+
+
+def test_the_first_step_runs_and_finds_nothing_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lpips")
+    assert first_step.run(first_step.small_case()) == []
+    assert re.search(r"one step at 64 px x 2, .*: loss \d+\.\d+, ", capsys.readouterr().out)
+
+
+def test_a_first_step_names_what_it_did_not_move_and_what_it_broke() -> None:
+    names, before = ["a", "b", "c", "d"], [1.0, 2.0, 3.0, 0.0]
+    assert first_step.wrong_weights(names, before, [1.5, 2.5, 3.5, 0.1]) == []
+    assert first_step.wrong_weights(names, before, [1.0, float("nan"), float("inf"), 0.1]) == [
+        "the step left 1 weights as they were: a",
+        "2 weights are not finite: b, c",
+    ]
+
+
+@pytest.mark.parametrize(("gigabytes", "batches"), [(141, [32, 16]), (80, [16, 8]), (180, [32, 16])])
+def test_a_gpu_of_eighty_gigabytes_has_half_of_the_pictures(gigabytes: int, batches: list[int]) -> None:
+    stages = sizes.stages_that_fit(gigabytes * 10**9)
+    assert [(case.size, case.batch, case.repa) for case in stages] == [
+        (512, batches[0], True),
+        (1024, batches[1], False),
+    ]
