@@ -15,7 +15,7 @@ from prx_model import PRXConfig, PRXTransformer
 from train.data.loader import Batch, batches
 from train.loop import Trainer
 from train.ranks import parallel
-from train.recipes import Compile, Output, Recipe, Routing, Train, shapes
+from train.recipes import LPIPS, PDINO, REPA, Compile, Output, Recipe, Routing, Train, shapes
 
 pytestmark = pytest.mark.gpu
 
@@ -45,8 +45,25 @@ def trainer(tmp_path: Path) -> Iterator[tuple[Trainer, Iterator[Batch]]]:
     parallel.finish()
 
 
-def test_a_step_never_waits_for_the_device(trainer):
-    made, source = trainer
+@pytest.fixture
+def taught(tmp_path: Path) -> Iterator[tuple[Trainer, Iterator[Batch]]]:
+    """With every teacher, and weights that mean nothing."""
+    settings = recipe(tmp_path, steps=200, warmup=0, cooldown=0)
+    settings = replace(
+        settings,
+        repa=REPA(enabled=True, teacher="vit_small_patch16_dinov3", weights="random", layer=1),
+        lpips=LPIPS(enabled=True, weights="random"),
+        pdino=PDINO(enabled=True, teacher="vit_small_patch14_reg4_dinov2", weights="random", size=28),
+    )
+    world = parallel.start(settings.train)
+    made = Trainer(settings, world)
+    yield made, batches(made.dataset, settings, world, 0)
+    parallel.finish()
+
+
+@pytest.mark.parametrize("which", ["trainer", "taught"])
+def test_a_step_never_waits_for_the_device(which, request):
+    made, source = request.getfixturevalue(which)
     for step in range(3):  # compilation, autotuning and the first allocations may wait
         made.learner.step(next(source), step)
     batch = next(source)

@@ -44,14 +44,14 @@ TINY = [
 
 
 def run_program(
-    name: str, *arguments: str, cwd: Path | None = None, **environment: str
+    name: str, *arguments: str, cwd: Path | None = None, timeout: int = 240, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run train/<name>.py with one thread, to its end; output and error output as text."""
     return subprocess.run(
         [sys.executable, str(ROOT / "train" / f"{name}.py"), *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout,
         cwd=cwd or ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         check=False,

@@ -7,28 +7,31 @@ Backward needs a real one; its place is taken by empty gradients.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from prx_model.config import PRXConfig
+from tests.train.host_waits import Crossings
 from train.data.loader import Batch
 from train.evaluation import evaluate
 from train.learner import step as training_step
 from train.learner.build import Modules, build
 from train.learner.step import Learner
 from train.learner.teaching import build_teachers
+from train.ranks import graphs
 from train.ranks.parallel import World
 from train.recipes import LPIPS, PDINO, REPA, Compile, Recipe, Routing, shapes
 from train.run.stopwatch import Stopwatch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 TEACHERS = {
-    "repa": REPA(enabled=True, weights="random", teacher="vit_tiny_patch16_224", layer=1),
+    "repa": REPA(enabled=True, weights="random", teacher="vit_small_patch16_dinov3", layer=1),
     "lpips": LPIPS(enabled=True, weights="random", network="squeeze"),
     "pdino": PDINO(enabled=True, weights="random", teacher="vit_tiny_patch16_224"),
 }
@@ -103,6 +106,62 @@ def test_a_step_stays_on_the_gpu_and_reads_nothing_back(learner: Learner) -> Non
     assert learner.update(0).device == GPU
     state = learner.optimizers.state_dict()
     assert {tensor.device for tensor in (*state.values(), *learner.ema.averages, learner.skipped)} == {GPU}
+
+
+def test_a_step_waits_for_no_copy_and_computes_nothing_on_the_host(learner: Learner) -> None:
+    """Once the tables of a size are made: the first step of each size makes them."""
+    learner._loss(a_batch(learner), 0)
+    with Crossings() as crossings:
+        learner._loss(a_batch(learner), 1)
+        for _, parameter in learner.parameters:
+            parameter.grad = torch.empty_like(parameter)
+        learner.update(0)
+    assert crossings.waits == []
+    assert {each.dtype for each in crossings.seen} <= {torch.int64, torch.bool}, "seeds, bytes and their mask"
+    assert crossings.seen, "captions do cross"
+
+
+def test_what_teachers_made_in_every_step_is_seen(learner: Learner) -> None:
+    """As it was: timm's table of coordinates, built on the CPU, and a normalisation made from Python's numbers."""
+    teachers = learner.teaching.teachers
+    repa, pdino = teachers["repa"], teachers["pdino"]
+    learner._loss(a_batch(learner), 0)
+    kept = dict(repa.network.rope._tables)
+    repa.network.rope._tables.clear()
+    pdino.normalise.forward = lambda image: image - image.new_tensor((0.5, 0.5, 0.5))[:, None, None]
+    with Crossings() as crossings:
+        learner._loss(a_batch(learner), 1)
+    assert crossings.waits == ["blocking aten::_to_copy of torch.float32"] * 3
+    assert repa.network.rope._tables.keys() == kept.keys()
+
+
+def test_no_node_of_a_compiled_step_is_on_the_host(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor makes code for the CPU of such nodes, and a copy that the host waits for; of timm's table there are."""
+    nodes: list[tuple[str, str]] = []
+
+    def looked_at(module: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        for node in module.graph.nodes:
+            made = node.meta.get("example_value")
+            if isinstance(made, Tensor) and node.op != "output":
+                nodes.append((made.device.type, str(node.target)))
+        return module.forward
+
+    monkeypatch.setattr(graphs, "BACKEND", looked_at)
+    torch._dynamo.reset()
+    recipe, teachers = replace(learner.recipe, compile=Compile("yes")), learner.teaching.teachers
+    blocks = graphs.block_graphs(recipe, GPU)
+    assert blocks is not None
+    for block in learner.modules.model.blocks:
+        block.forward = blocks.compile(block.forward)
+    graphs.compile_teachers(teachers, recipe, GPU)
+    learner._loss(a_batch(learner), 0)
+    assert len(nodes) > 200
+    assert [target for device, target in nodes if device == "cpu"] == []
+    network = teachers["repa"].network
+    network.rope = network.rope.embedding
+    learner._loss(a_batch(learner), 0)
+    torch._dynamo.reset()
+    assert [target for device, target in nodes if device == "cpu"]
 
 
 def test_drawing_waits_for_the_gpu_only_for_the_finished_pictures(learner: Learner) -> None:
