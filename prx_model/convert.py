@@ -7,6 +7,8 @@ import re
 
 from torch import Tensor
 
+from .wrappers import unwrapped
+
 # docs/recipe.md, "Model": names of the PRX repository on the left, of diffusers (and ours) on the right.
 _PRX_REPOSITORY = (
     (r"^(blocks\.\d+)\.img_qkv_proj\.", r"\1.attention.img_qkv_proj."),
@@ -21,11 +23,14 @@ _PRX_REPOSITORY = (
 def from_prx_repository(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename a state dict of the public PRX repository to the names of `PRXTransformer` (and of diffusers).
 
-    A leading `denoiser.` or `module.` is taken off; names that are already right stay.
+    A leading `denoiser.` and what wrappers add are taken off; names that are already right stay.
+
+    Raises:
+        ValueError: two names would become one.
     """
     renamed = {}
-    for name, tensor in state.items():
-        name = re.sub(r"^(?:module\.|denoiser\.)+", "", name)
+    for name, tensor in unwrapped(state).items():
+        name = re.sub(r"^(?:denoiser\.)+", "", name)
         for pattern, replacement in _PRX_REPOSITORY:
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .wrappers import unwrapped
+
 
 class EMA:
     """`average ← decay·average + (1-decay)·weight`, every `every` steps.
 
     Args:
-        parameters: (name, parameter) pairs; averaged in float32.
+        parameters: (name, parameter) pairs, under names that wrappers may have added to; averaged in float32.
         decay: in [0, 1).
         every: steps between updates.
 
@@ -31,9 +33,8 @@ class EMA:
         if every < 1:
             raise ValueError(f"ema.every must be at least 1, got {every}")
         self.decay, self.every = decay, every
-        pairs = list(parameters)
-        self.names = [name for name, _ in pairs]
-        self.parameters = [parameter for _, parameter in pairs]
+        pairs = unwrapped(dict(parameters))
+        self.names, self.parameters = list(pairs), list(pairs.values())
         self.averages = [parameter.detach().float().clone() for parameter in self.parameters]
 
     @torch.no_grad()
@@ -73,8 +74,9 @@ class EMA:
         """Copy averages back in place.
 
         Raises:
-            ValueError: names or shapes that differ from the model's.
+            ValueError: names (but for what wrappers add) or shapes that differ from the model's.
         """
+        state = unwrapped(state)
         if set(state) != set(self.names):
             odd = sorted(set(state) ^ set(self.names))
             raise ValueError(f"EMA names differ from the model's: {', '.join(odd[:5])}")

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .wrappers import unwrapped
+
 RANDOM = "random"
 
 
@@ -71,6 +73,7 @@ def fill(
         return
     file = _find(weights, wanted)
     state = _read(file)
+    state = unwrapped(state)
     if convert is not None:
         try:
             state = convert(state)

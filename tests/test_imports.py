@@ -20,7 +20,7 @@ UPPER = {"benchmarks", "examples", "tests"}
 # the longest counts. A module imports lower floors and its own entry, so nothing climbs.
 FLOORS = {
     "prx_model": (
-        ("ranges",),
+        ("ranges", "wrappers"),
         ("config", "convert", "ema", "flow", "packed_text", "teacher_constants", "teacher_weights", "text"),
         ("attention", "flops", "teachers"),
         ("layers",),

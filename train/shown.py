@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 # Credentials are what stands before "@" in the host's place; where no number of a port follows the colon, a slash or a
 # question mark inside a password does not end it.
-_CREDENTIALS = r"""(?:[^/?#\s"']*@|[^/?#\s"'@]*:(?!\d*(?:[/?#\s"']|$))[^\s"']*@)"""
+_CREDENTIALS = r"""(?:[^/?#\s"']*@|[^/?#\s"'@]*:(?!\d+(?:[/?#\s"']|$))[^\s"']*@)"""
 _REST = r"""[^\s"'?#]*"""
 # Up to the signs that end a part of a sentence.
 _QUERY = r"""(?:[?#][^\s"']*?(?=[;,.:)\]}]*(?:[\s"']|$)))"""

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from prx_model.wrappers import unwrapped
 from train.checkpoint import checkpointer as checkpoint
 from train.errors import UserError
 from train.learner.build import Modules, build
@@ -50,8 +51,8 @@ def load_trained(path: Path, device: torch.device, *, weights: Literal["ema", "r
             averages = saved.tensors.get("ema", {})
             state = {k.removeprefix(prefix): v for k, v in averages.items() if k.startswith(prefix)}
         try:
-            module.load_state_dict(state)
-        except RuntimeError as error:
+            module.load_state_dict(unwrapped(state))
+        except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"the weights in {folder} do not fit the model of its {CONFIG}: {reason}") from None
         module.eval().requires_grad_(False)
