@@ -54,7 +54,8 @@ def sample(
     Args:
         model: the denoiser.
         text: (batch, L, width) embeddings; text_mask (batch, L) bool or None.
-        height, width: in pixels, multiples of the patch.
+        height: in pixels, a multiple of the patch.
+        width: the same.
         seeds: (batch,) int64, one a picture.
         settings: steps, guidance and its kind; `Sampling()` unless given.
         null_text: (1, L0, width) embedding of the empty prompt, with null_mask (1, L0); for "cfg".

@@ -279,7 +279,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TwoStages:
-    """Two recipes in sequence; weights, EMA and optimizer state carry over (docs/recipe.md, last section)."""
+    """Two recipes in sequence; what carries over stands in docs/recipe.md, "From stage 1 to stage 2"."""
 
     preset: str
     stage1: Recipe

@@ -55,7 +55,8 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate, a number or a tensor with one element.
         weight_decay: decoupled; multiplied by lr.
         momentum: μ in [0, 1].
-        ns_coefficients, ns_steps: as `newton_schulz` takes them.
+        ns_coefficients: as `newton_schulz` takes them.
+        ns_steps: the same.
         eps: added to the norm of what is orthogonalised.
         adjust_lr_fn: which ratio. "match_rms_adamw" is the default here, None ("original") that of torch.optim.Muon.
         distributed_mesh: the DeviceMesh that the parameters are sharded or replicated over. None takes every DTensor's
@@ -65,7 +66,8 @@ class Muon(torch.optim.Optimizer):
             orthogonalised and scaled for itself: {parameter or its name: (rows, rows, …)}, or in a group one sequence
             for all its parameters.
         capturable: keep learning rates on the device, so that a step can be captured in a CUDA graph.
-        ns_algorithm, ns_dtype: `algorithm` and `dtype` of `newton_schulz`.
+        ns_algorithm: `algorithm` of `newton_schulz`.
+        ns_dtype: `dtype` of `newton_schulz`.
         momentum_dtype: of `momentum_buffer`; None is float32 (float64 for float64 parameters).
         wire_dtype: bfloat16 or float32, in which rows and updates travel between ranks.
 

@@ -33,10 +33,13 @@ def sym_gemm(
     and for symmetric A, B that commute; it is not checked, and where it is broken the lower triangle is wrong.
 
     Args:
-        A, B: (n, k) or (batch, n, k), float16, bfloat16, float32 or float64. Any strides; a matrix whose rows or whose
+        A: (n, k) or (batch, n, k), float16, bfloat16, float32 or float64. Any strides; a matrix whose rows or whose
             columns are dense is read in place, other layouts are copied.
+        B: as A.
         C: like the result and symmetric too; not read for beta = 0.
-        alpha, beta, gamma: numbers, not tensors.
+        alpha: a number, not a tensor.
+        beta: the same.
+        gamma: the same.
         scales: float32 (batch,): what the operands A and B of each matrix are multiplied by, without a pass over them.
         out: where to put the result; it shares no memory with A, B or C.
 

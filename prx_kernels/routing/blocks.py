@@ -193,7 +193,8 @@ def route_blocks(
 
     Args:
         blocks: the model's list of blocks, which are changed in place.
-        start, end: first and last routed block, 0-based.
+        start: first routed block, 0-based.
+        end: last routed block, itself routed.
         selection_ratio: share of the tokens that *bypass* the blocks, in (0, 1).
         tokens: position or name of the forward argument with the tokens, (batch, tokens, hidden).
         per_token: position or name of arguments with one entry a token (rotary tables, tuples of them, modules that

@@ -27,7 +27,8 @@ def enter_route_modulate(
     Args:
         x: (batch, N, C) floating, C at most 8,192.
         keep: (batch, K) int32 or int64, unique in each row.
-        shift, scale: (batch, C) or (batch, 1, C) floating; chunks of one wide projection are read in place.
+        shift: (batch, C) or (batch, 1, C) floating; chunks of one wide projection are read in place.
+        scale: as shift.
         eps: of a LayerNorm without weight and bias (DiT, https://arxiv.org/abs/2212.09748, adaLN).
 
     Returns:
@@ -48,7 +49,8 @@ def exit_route_gated(y: Tensor, branch: Tensor, gate: Tensor, byp: Tensor, keep:
     """`exit_route` of the last routed block's residual sum `y + gate·branch`, which is never stored.
 
     Args:
-        y, branch: (batch, K, C) floating, one dtype: the residual stream and the output of the last branch.
+        y: (batch, K, C) floating, the residual stream.
+        branch: (batch, K, C), dtype of y, the output of the last branch.
         gate: (batch, C) or (batch, 1, C) floating.
         byp: (batch, N, C), dtype of y.
         keep: (batch, K) int32 or int64, unique in each row.

@@ -24,7 +24,7 @@ _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L4
 """Dense bf16 rate on the data sheet, TFLOP/s, by a part of the device's name."""
 
 RECIPE_CAPTIONS = 8_700_000
-"""flux_generated 1.7 M, FLUX-Reason-6M and midjourney-v6-llava 1 M, one caption each (docs/recipe.md, "data")."""
+"""flux_generated 1.7 M, FLUX-Reason-6M and midjourney-v6-llava 1 M, one caption each (docs/recipe.md, "Data")."""
 
 
 def peak_flops(device: torch.device) -> float | None:

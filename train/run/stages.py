@@ -1,4 +1,4 @@
-"""From one stage to the next: what carries over, and what is dropped by name (docs/recipe.md, last section)."""
+"""What carries over from one stage to the next, and what is dropped (docs/recipe.md, "From stage 1 to stage 2")."""
 
 from pathlib import Path
 
