@@ -140,6 +140,10 @@ class Sampling:
     """1 is no guidance."""
     guidance_kind: Literal["cfg", "self"] = "cfg"
     """cfg: against the empty prompt; self: against the routed pass with the same prompt (TREAD)."""
+    routed_tokens: Literal["once", "each-step"] = "each-step"
+    """Of self-guidance: one set of kept tokens for all steps of a picture, as in PRX's code, or a fresh one a step."""
+    time_grid: Literal["linear", "diffusers"] = "diffusers"
+    """linear: equal steps from 1 to 0, then shifted, as in PRX's code; diffusers: its Euler scheduler's."""
     shift: float = 3.0
     """Time shift of the grid, `shift·t / (1 + (shift-1)·t)`."""
     t_min: float = 0.05
@@ -157,3 +161,7 @@ class Sampling:
             raise ValueError(f"sampling.t_min must lie in (0, 1), got {self.t_min}")
         if self.guidance_kind not in ("cfg", "self"):
             raise ValueError(f'sampling.guidance_kind must be "cfg" or "self", got {self.guidance_kind!r}')
+        if self.routed_tokens not in ("once", "each-step"):
+            raise ValueError(f'sampling.routed_tokens must be "once" or "each-step", got {self.routed_tokens!r}')
+        if self.time_grid not in ("linear", "diffusers"):
+            raise ValueError(f'sampling.time_grid must be "linear" or "diffusers", got {self.time_grid!r}')

@@ -65,7 +65,7 @@ class Trainer:
             self._insist(lambda: check_same_run(self.folder, recipe))
         self.dataset = open_dataset(recipe.data, recipe.train.seed, recipe.model.patch_size)
         self.validation = open_validation(recipe.data, recipe.model.patch_size)
-        for note in notes(self.dataset, recipe.train.batch):
+        for note in [*notes(self.dataset, recipe.train.batch), *evaluate.guidance_notes(recipe)]:
             if world.is_main:
                 print(f"note: {note}", flush=True)
         self.distances = self._open_distances()
