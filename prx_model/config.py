@@ -137,6 +137,10 @@ class Sampling:
     """1 is no guidance."""
     guidance_kind: Literal["cfg", "self"] = "cfg"
     """cfg: against the empty prompt; self: against the routed pass with the same prompt (TREAD)."""
+    routed_tokens: Literal["once", "each-step"] = "each-step"
+    """Of self-guidance: one set of kept tokens for all steps of a picture, as in PRX's code, or a fresh one a step."""
+    time_grid: Literal["linear", "diffusers"] = "diffusers"
+    """linear: equal steps from 1 to 0, then shifted, as in PRX's code; diffusers: its Euler scheduler's."""
     shift: Annotated[float, Range(0, 1_000, above=True)] = 3.0
     """Time shift of the grid, `shift·t / (1 + (shift-1)·t)`."""
     t_min: Annotated[float, Range(0, 1, above=True, below=True)] = 0.05
@@ -151,3 +155,7 @@ class Sampling:
         check_ranges(self, "sampling.")
         if self.guidance_kind not in ("cfg", "self"):
             raise ValueError(f'sampling.guidance_kind must be "cfg" or "self", got {self.guidance_kind!r}')
+        if self.routed_tokens not in ("once", "each-step"):
+            raise ValueError(f'sampling.routed_tokens must be "once" or "each-step", got {self.routed_tokens!r}')
+        if self.time_grid not in ("linear", "diffusers"):
+            raise ValueError(f'sampling.time_grid must be "linear" or "diffusers", got {self.time_grid!r}')

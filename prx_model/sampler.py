@@ -17,12 +17,18 @@ _NOISE_STREAM = 0x5EED
 _KEEP_STREAM = 0x70C35
 
 
-def time_grid(steps: int, shift: float) -> Tensor:
+def time_grid(steps: int, shift: float, kind: str = "diffusers") -> Tensor:
     """Times of the Euler steps, (steps + 1,) float32 from 1 to 0.
 
-    The grid of diffusers' `FlowMatchEulerDiscreteScheduler(shift=shift)` with 1,000 training steps, which exported
-    pipelines use: equal steps from 1 to the shifted 1/1000, shifted, and a last 0.
+    Args:
+        steps: how many.
+        shift: time shift (`flow.shift_time`).
+        kind: "linear" is PRX's own grid, `linspace(1, 0, steps + 1)` shifted. "diffusers" is that of its
+            `FlowMatchEulerDiscreteScheduler(shift=shift)` with 1,000 training steps, which exported pipelines use:
+            equal steps from 1 to the shifted 1/1000, shifted, and a last 0.
     """
+    if kind == "linear":
+        return shift_time(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64), shift).float()
     lowest = shift_time(torch.tensor(1e-3, dtype=torch.float64), shift).item()
     grid = shift_time(torch.linspace(1.0, lowest, steps, dtype=torch.float64), shift)
     return torch.cat((grid, torch.zeros(1, dtype=torch.float64))).float()
@@ -57,7 +63,7 @@ def sample(
         height: in pixels, a multiple of the patch.
         width: the same.
         seeds: (batch,) int64, one a picture.
-        settings: steps, guidance and its kind; `Sampling()` unless given.
+        settings: steps, their times, guidance and its kind; `Sampling()` unless given.
         null_text: (1, L0, width) embedding of the empty prompt, with null_mask (1, L0); for "cfg".
         routing: routed blocks, for "self".
         noise: (batch, channels, height, width) to start from instead of the seeds' noise.
@@ -76,7 +82,7 @@ def sample(
         raise ValueError("guidance_kind 'self' needs routing, the blocks that the routed pass bypasses")
     x = initial_noise(seeds, model.config.in_channels, height, width) if noise is None else noise.float()
     x = x * settings.noise_scale
-    grid = time_grid(settings.steps, settings.shift).to(x.device)
+    grid = time_grid(settings.steps, settings.shift, settings.time_grid).to(x.device)
     predict = _Predictor(model, text, text_mask, null_text, null_mask, routing, seeds, settings)
     for step in range(settings.steps):
         t = grid[step : step + 1]
@@ -100,6 +106,8 @@ class _Predictor:
     ) -> None:
         self.model, self.text, self.mask = model, text, mask
         self.routing, self.seeds, self.settings = routing, seeds, settings
+        self.keep: Tensor | None = None
+        """Tokens that the routed pass of this step keeps."""
         self.cfg = settings.guidance != 1.0 and settings.guidance_kind == "cfg"
         if self.cfg and null_text is not None:
             self.text, self.mask = _stack_prompts(null_text, null_mask, text, mask)
@@ -115,21 +123,23 @@ class _Predictor:
         return self._routed(x, t, step, dense)
 
     def _routed(self, x: Tensor, t: Tensor, step: int, dense: Tensor) -> Tensor:
-        """Self-guidance `routed + s·(dense - routed)`, with a fresh set of kept tokens a step (TREAD)."""
+        """Self-guidance `routed + s·(dense - routed)` (TREAD)."""
         from prx_kernels import unpatchify
 
         assert self.routing is not None
-        config, (height, width) = self.model.config, x.shape[2:]
-        keep = sample_keep(
-            self.seeds,
-            config.tokens(height, width),
-            self.routing.selection_ratio,
-            seed=torch.full((), _KEEP_STREAM + step, device=x.device),
-        )
+        height, width = x.shape[2:]
+        if self.keep is None or self.settings.routed_tokens == "each-step":
+            self.keep = self._draw_kept(height, width, step)
         route = (self.routing.start, self.routing.end)
-        tokens = self.model.forward_tokens(x, t, self.text, self.mask, keep=keep, route=route)
-        routed = unpatchify(tokens, config.patch_size, height, width).float()
+        tokens = self.model.forward_tokens(x, t, self.text, self.mask, keep=self.keep, route=route)
+        routed = unpatchify(tokens, self.model.config.patch_size, height, width).float()
         return routed + self.settings.guidance * (dense - routed)
+
+    def _draw_kept(self, height: int, width: int, step: int) -> Tensor:
+        assert self.routing is not None
+        tokens, stream = self.model.config.tokens(height, width), _KEEP_STREAM + step
+        seed = torch.full((), stream, device=self.seeds.device)
+        return sample_keep(self.seeds, tokens, self.routing.selection_ratio, seed=seed)
 
 
 def _stack_prompts(

@@ -40,9 +40,12 @@ def main() -> int:
         raise UserError(f"--out {arguments.out} exists and is not an empty folder; nothing was written")
     sampling = export(arguments.run, arguments.out, weights=arguments.weights).sampling
     print(f"{arguments.out}: pipeline = PRXPixelPipeline.from_pretrained({str(arguments.out)!r})")
+    # What diffusers has no setting for, this run may have drawn by.
+    other = sampling.time_grid != "diffusers" or (sampling.guidance_kind == "self" and sampling.guidance != 1)
     print(
         f"pipeline(prompt, num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance:g}, "
-        "use_resolution_binning=False) draws as this run did"
+        "use_resolution_binning=False) draws as "
+        + ("train/generate.py --time-grid diffusers --guidance-kind cfg does" if other else "this run did")
     )
     return 0
 

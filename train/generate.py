@@ -30,6 +30,8 @@ class Arguments:
     """1 is no guidance."""
     guidance_kind: Literal["cfg", "self"] | None = None
     """cfg: against the empty prompt; self: against a routed pass."""
+    time_grid: Literal["linear", "diffusers"] | None = None
+    """linear: equal steps, then shifted, as PRX draws; diffusers: as an exported pipeline draws."""
     seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
     """Of the first picture; the next ones count up."""
     grid: Annotated[int, Range(1, 10_000)] = 1
@@ -70,7 +72,7 @@ def draw(arguments: Arguments) -> None:
     world = parallel.start(Train(device=arguments.device, precision="fp32"))
     trained = load_trained(arguments.run, world.device, weights=arguments.weights)
     recipe = trained.recipe
-    changes = {name: getattr(arguments, name) for name in ("steps", "guidance", "guidance_kind")}
+    changes = {name: getattr(arguments, name) for name in ("steps", "guidance", "guidance_kind", "time_grid")}
     size = {name: getattr(arguments, name) for name in ("height", "width")}
     try:
         sampling = replace(recipe.sampling, **{k: v for k, v in changes.items() if v is not None})
@@ -78,14 +80,14 @@ def draw(arguments: Arguments) -> None:
         recipe.model.tokens(data.height, data.width)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if sampling.guidance_kind == "self" and not recipe.routing.enabled:
-        print("note: this model was trained without routing; self-guidance then often makes pictures worse")
+    drawn = replace(recipe, sampling=sampling, data=data)
+    for note in evaluate.guidance_notes(drawn):
+        print(f"note: {note}")
     prompts = [prompt for prompt in arguments.prompts for _ in range(arguments.grid)]
     seeds = range(arguments.seed, arguments.seed + len(prompts))
     # As sharded training computes: float32 weights are cast, t and rotary tables are not.
     for module in trained.modules.trained().values():
         module.to(parallel.compute_dtype(recipe.train, world.device))
-    drawn = replace(recipe, sampling=sampling, data=data)
     images = evaluate.draw(trained.modules, prompts, drawn, world, seeds=seeds)
     if len(prompts) == 1:
         save_picture(images[0], arguments.out)

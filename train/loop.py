@@ -75,7 +75,7 @@ class Trainer:
             self._check_config()
         self.dataset = open_dataset(recipe.data, recipe.train.seed, recipe.model.patch_size)
         self.validation = open_validation(recipe.data, recipe.model.patch_size)
-        for note in notes(self.dataset, recipe.train.batch):
+        for note in [*notes(self.dataset, recipe.train.batch), *evaluate.guidance_notes(recipe)]:
             if world.is_main:
                 tell(f"note: {note}")
         self.distances = self._open_distances()

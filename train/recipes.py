@@ -137,7 +137,7 @@ class Train:
     clip: Annotated[float, Range(0, LARGEST, above=True)] = 0.2
     """Largest norm of the gradient."""
     seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
-    init: Literal["torch", "xavier"] = "torch"
+    init: Literal["torch", "xavier"] = "xavier"
     """How the denoiser's linear maps start: torch's defaults, as in PRX's code, or Xavier-uniform with zero biases."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of activations; weights are fp32. auto is bf16 on a GPU, fp32 on a CPU."""
@@ -303,7 +303,7 @@ def shapes() -> Recipe:
         muon=Muon(lr=6e-3, weight_decay=0.3),
         adam=Adam(lr=3e-3, weight_decay=0.3),
         ema=EMASettings(decay=0.995, every=1),
-        train=Train(steps=1_880, batch=32, warmup=100, cooldown=400, clip=0.1, init="xavier"),
+        train=Train(steps=1_880, batch=32, warmup=100, cooldown=400, clip=0.1),
         sampling=Sampling(steps=15, guidance=2.0, shift=3.0),
         evaluation=Evaluation(every=2_000, prompts=384, images=64, grid=25, raw="no"),
         checkpoint=Checkpoint(every=500),
@@ -322,7 +322,7 @@ def scenes() -> Recipe:
         muon=Muon(lr=5e-3),
         adam=Adam(lr=1e-3),
         ema=EMASettings(decay=0.999, every=1),
-        train=Train(steps=20_000, batch=256, warmup=500, cooldown=4_000, clip=0.1, init="xavier"),
+        train=Train(steps=20_000, batch=256, warmup=500, cooldown=4_000, clip=0.1),
         sampling=Sampling(steps=28, guidance=2.0, shift=2.5),
         evaluation=Evaluation(every=2_000, prompts=512, grid=25),
         checkpoint=Checkpoint(every=1_000),
@@ -353,7 +353,7 @@ def pictograms() -> Recipe:
         muon=Muon(lr=4e-3, weight_decay=0.1),
         adam=Adam(lr=2e-3, weight_decay=0.1),
         ema=EMASettings(decay=0.995, every=1),
-        train=Train(steps=4_000, batch=32, warmup=100, cooldown=1_000, clip=0.1, init="xavier"),
+        train=Train(steps=4_000, batch=32, warmup=100, cooldown=1_000, clip=0.1),
         sampling=Sampling(steps=28, guidance=3.0, shift=3.0),
         evaluation=Evaluation(every=1_000, images=218, grid=16),
         checkpoint=Checkpoint(every=500),
@@ -375,8 +375,8 @@ def prx_512() -> Recipe:
         muon=Muon(),
         adam=Adam(),
         ema=EMASettings(decay=0.999, every=10),
-        train=Train(steps=100_000, batch=1024, warmup=1_000, clip=0.2),
-        sampling=Sampling(steps=28, guidance=3.5),
+        train=Train(steps=100_000, batch=1024, warmup=1_000, clip=0.2, init="torch"),
+        sampling=Sampling(steps=50, guidance=3.5, guidance_kind="self", routed_tokens="once", time_grid="linear"),
     )
 
 

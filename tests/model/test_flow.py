@@ -223,6 +223,17 @@ def test_dropped_captions_follow_word_zero_of_the_sample_s_stream() -> None:
     assert torch.equal(drop_captions(SEED, IDS[:1000], 0.25), words < 2**30)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 50])
+def test_the_linear_time_grid_is_prx_s_formula(steps: int, shift: float) -> None:
+    """`linspace(1, 0, steps + 1)` through `shift·t / (1 + (shift - 1)·t)`, both ends included."""
+    grid = time_grid(steps, shift, "linear")
+    expected = [shift * (1 - i / steps) / (1 + (shift - 1) * (1 - i / steps)) for i in range(steps + 1)]
+    assert grid.dtype == torch.float32
+    assert (float(grid[0]), float(grid[-1])) == (1.0, 0.0)
+    torch.testing.assert_close(grid.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=6e-8)
+
+
 @pytest.mark.parametrize("shift", [1.0, 2.5, 3.0])
 @pytest.mark.parametrize("steps", [1, 2, 20, 28, 50])
 def test_time_grid_equals_diffusers_euler_scheduler(steps: int, shift: float) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -191,7 +191,8 @@ def test_self_guidance_keeps_the_share_of_tokens_afresh_each_step_and_by_the_pic
     def sets(seeds: Tensor) -> list[Tensor]:
         fake = Fake(lambda image, _: 0 * image, lambda image, _: 0 * image)
         settings = Sampling(steps=4, guidance=2.0, guidance_kind="self")
-        options = {"settings": settings, "routing": Routing(start=0, end=1, selection_ratio=0.6), "seeds": seeds}
+        options: dict[str, Any] = {"settings": settings, "seeds": seeds}
+        options["routing"] = Routing(start=0, end=1, selection_ratio=0.6)
         draw(fake, torch.zeros(len(seeds), 2, 12), height=32, width=48, **options)
         return [c["keep"] for c in fake.calls if "keep" in c]
 
@@ -199,6 +200,40 @@ def test_self_guidance_keeps_the_share_of_tokens_afresh_each_step_and_by_the_pic
     assert [k.shape for k in together] == [(3, kept_tokens(96, 0.6))] * 4
     assert all(torch.equal(many[1], one[0]) for many, one in zip(together, alone, strict=True))
     assert len({tuple(row.tolist()) for keep in together for row in keep}) == 12
+
+
+def test_self_guidance_with_one_set_of_tokens_keeps_the_first_steps_throughout() -> None:
+    def sets(routed_tokens: Literal["once", "each-step"]) -> list[Tensor]:
+        fake = Fake(lambda image, _: 0 * image, lambda image, _: 0 * image)
+        settings = Sampling(steps=4, guidance=2.0, guidance_kind="self", routed_tokens=routed_tokens)
+        options: dict[str, Any] = {"settings": settings, "routing": Routing(start=0, end=1)}
+        draw(fake, torch.zeros(3, 2, 12), height=32, width=48, **options)
+        return [c["keep"] for c in fake.calls if "keep" in c]
+
+    once, fresh = sets("once"), sets("each-step")
+    assert len(once) == 4
+    assert all(torch.equal(keep, fresh[0]) for keep in once)
+    assert len({tuple(row.tolist()) for row in once[0]}) == 3, "each picture has its own"
+
+
+def test_prx_s_way_of_drawing_equals_its_loop_written_out() -> None:
+    """Self-guidance with one set of tokens, Euler steps on the linear grid shifted by 3, velocity with t_min 0.05."""
+    model, (text, mask) = random_model(), make_text()
+    settings = Sampling(steps=5, guidance=2.0, guidance_kind="self", routed_tokens="once", time_grid="linear")
+    got = draw(model, text, mask, settings=settings, routing=Routing(start=1, end=2))
+    fake = Fake(lambda x, _: 0 * x, lambda x, _: 0 * x)
+    draw(fake, text, mask, settings=replace(settings, steps=1), routing=Routing(start=1, end=2))
+    keep, x = fake.calls[1]["keep"], initial_noise(SEEDS, 3, HEIGHT, WIDTH)
+    times = [3 * (1 - i / 5) / (1 + 2 * (1 - i / 5)) for i in range(6)]
+    with torch.no_grad():
+        for now, then in zip(times[:-1], times[1:], strict=True):
+            t = torch.tensor([now])
+            dense = model.forward_tokens(x, t, text, mask)
+            routed = model.forward_tokens(x, t, text, mask, keep=keep, route=(1, 2))
+            x0_hat = unpatchify(routed + 2.0 * (dense - routed), 4, HEIGHT, WIDTH)
+            x = x + (then - now) * (x - x0_hat) / max(now, 0.05)
+    # Float32 rounding, through five guided steps.
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=2e-5)
 
 
 def test_self_guidance_of_a_model_equals_its_formula_written_out() -> None:

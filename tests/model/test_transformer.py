@@ -290,6 +290,8 @@ def test_config_names_the_field_that_is_wrong(change: dict[str, Any], message: s
         (lambda: Sampling(shift=0.0), "sampling.shift and noise_scale must be positive, got 0.0"),
         (lambda: Sampling(t_min=0.0), "sampling.t_min must lie in (0, 1), got 0.0"),
         (lambda: Sampling(guidance_kind="both"), 'sampling.guidance_kind must be "cfg" or "self", got \'both\''),
+        (lambda: Sampling(routed_tokens="never"), 'sampling.routed_tokens must be "once" or "each-step", got'),
+        (lambda: Sampling(time_grid="log"), 'sampling.time_grid must be "linear" or "diffusers", got \'log\''),
     ],
 )
 def test_routing_and_sampling_name_the_field_that_is_wrong(make: Callable[[], object], message: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from prx_model.config import PRXConfig
 from train.errors import UserError
+from train.evaluation.evaluate import guidance_notes
 from train.learner.build import check
 from train.recipes import PRESETS, Recipe, TwoStages, for_device, prx_24h, prx_512, prx_1024, shapes
 
@@ -36,6 +37,10 @@ STAGE_1 = {
     "flow.noise_scale": 1.0,
     "flow.caption_drop": 0.1,
     "sampling.guidance": 3.5,
+    "sampling.guidance_kind": "self",
+    "sampling.steps": 50,
+    "sampling.time_grid": "linear",
+    "sampling.routed_tokens": "once",
     "sampling.t_min": 0.05,
     "sampling.shift": 3.0,
     "lpips.enabled": True,
@@ -151,3 +156,13 @@ def test_config_fields_are_those_of_diffusers() -> None:
         "theta", "bottleneck_size",
     }  # fmt: skip
     assert set(asdict(PRXConfig())) == known
+
+
+def test_self_guidance_without_routing_has_a_note() -> None:
+    recipe = prx_512()
+    assert guidance_notes(recipe) == []
+    dense = replace(recipe, routing=replace(recipe.routing, enabled=False))
+    (note,) = guidance_notes(dense)
+    assert "trained without routing" in note
+    assert "--sampling.guidance-kind cfg" in note
+    assert guidance_notes(replace(dense, sampling=replace(dense.sampling, guidance_kind="cfg"))) == []

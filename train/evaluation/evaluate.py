@@ -70,6 +70,17 @@ def draw(
     return torch.cat(drawn)
 
 
+def guidance_notes(recipe: Recipe) -> list[str]:
+    """What a user should know about the guidance of a recipe, as sentences."""
+    sampling = recipe.sampling
+    if recipe.routing.enabled or sampling.guidance_kind != "self" or sampling.guidance == 1.0:
+        return []
+    return [
+        "this model is trained without routing, and self-guidance then often makes pictures worse; "
+        "--sampling.guidance-kind cfg (of generate.py: --guidance-kind cfg) draws against the empty prompt"
+    ]
+
+
 def prompt_accuracy(
     modules: Modules, recipe: Recipe, world: World, between: Callable[[], None] = _nothing
 ) -> dict[str, float]:
