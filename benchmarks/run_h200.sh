@@ -67,7 +67,7 @@ short() {
   "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || echo "--train.steps 20 --evaluation.prompts 8"
 }
 
-kernels=(benchmarks/test_{newton_schulz,muon,token_routing,patch_embed,attention}.py)
+kernels=(benchmarks/test_{newton_schulz,muon,token_routing,patch_embed,blocks,attention}.py)
 
 for wanted in "${parts[@]}"; do
   case "$wanted" in

@@ -66,15 +66,15 @@ def broadcast_cudnn(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Ten
 
 
 def broadcast(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
-    return attend(q, (k, v), (text_k, text_v), mask, "sdpa")
+    return attend(q, torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2), mask, "sdpa")
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
-    return attend(q, (k, v), (text_k, text_v), mask, "varlen")
+    return attend(q, torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2), mask, "varlen")
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:
-    return attend(q, (k, v), (text_k, text_v), mask, "flash")
+    return attend(q, torch.cat((text_k, k), dim=2), torch.cat((text_v, v), dim=2), mask, "flash")
 
 
 def flash_4(q: Tensor, k: Tensor, v: Tensor, text_k: Tensor, text_v: Tensor, mask: Tensor) -> Tensor:

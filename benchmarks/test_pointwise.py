@@ -1,7 +1,8 @@
 """What stands between a block's matrix products, alone: eager and compiled, against the least bytes it must move.
 
-These parts are no kernels of this project. Beside a profile of the step, the rows say what one could win: the share of
-the floor that the compiler reaches, times the part's share of the step. "Ours" is what the model runs, the compiled.
+These parts are no kernels of this project; test_blocks.py has what is. Beside a profile of the step, the rows say what
+one could win: the share of the floor that the compiler reaches, times the part's share of the step. "Ours" is what the
+model runs, the compiled.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from benchmarks.passes import Which
 from benchmarks.peers import require
 from benchmarks.roofline import Cost
 from benchmarks.sizes import CONFIG, GPU
-from prx_model.layers import NORM_EPS, apply_rotary, modulate, rotary_table
+from prx_model.layers import modulate
 
 CLOCKS = ("device",)
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -36,19 +37,6 @@ def residual_and_modulation(x: Tensor, branch: Tensor, gate: Tensor, shift: Tens
     """The end of one branch and the beginning of the next: the new x, and what the next products read."""
     x = x + gate * branch
     return x, modulate(x, shift, scale)
-
-
-def norm_and_rotary(qkv: Tensor, query_scale: Tensor, key_scale: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys of the joint projection (batch, N, 3·hidden), normed and turned: (batch, heads, N, head_dim)."""
-    q, k, _ = qkv.unflatten(-1, (3, CONFIG.num_heads, -1)).movedim(-3, 0).transpose(-3, -2).unbind(0)
-    turned = (apply_rotary(_rms_norm(part, scale), table) for part, scale in ((q, query_scale), (k, key_scale)))
-    first, second = (part.to(qkv.dtype) for part in turned)
-    return first, second
-
-
-def _rms_norm(x: Tensor, scale: Tensor) -> Tensor:
-    """In float32, as under autocast."""
-    return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:], scale, eps=NORM_EPS)
 
 
 def gelu_times_up(gate: Tensor, up: Tensor) -> Tensor:
@@ -80,30 +68,25 @@ PARTS = {
     "LayerNorm + modulation": Part(modulate, (1,), 2, 2, 3),  # x read, h written; both read, the gradient written
     "gated residual": Part(gated_residual, (1, 1), 1, 3, 3),  # the gradient of x is that of the output
     "gated residual + LayerNorm + modulation": Part(residual_and_modulation, (1, 1), 3, 4, 6),
-    "q, k norm + rotary": Part(norm_and_rotary, (3,), 0, 4, 7),  # backward clears the values' third of its gradient
     "GELU x up": Part(gelu_times_up, (0, 0), 0, 3, 5),
 }
 WAYS = ("eager", "compiled", "liger-kernel")
 ROWS = [(name, way) for name in PARTS for way in WAYS if way != "liger-kernel" or PARTS[name].function is gelu_times_up]
-"""liger-kernel has GELU x up of these, and no modulation or 2-D rotary positions."""
+"""liger-kernel has GELU x up of these, and no modulation."""
 
 
 def make_inputs(part: Part, batch: int, tokens: int) -> Callable[[int], tuple[Tensor, ...]]:
-    """Random inputs of a part; scales of norms are float32."""
+    """Random inputs of a part."""
 
     def inputs(seed: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(seed)
 
-        def random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device(), dtype).requires_grad_()
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(device(), DTYPE).requires_grad_()
 
         widths = [times * CONFIG.hidden_size or CONFIG.mlp_size for times in part.wide]
         made = [random(batch, tokens, width) for width in widths]
         made += [random(batch, 1, CONFIG.hidden_size) for _ in range(part.vectors)]
-        if part.function is norm_and_rotary:
-            table = rotary_table(1, tokens, CONFIG.axes_dim, CONFIG.theta, device())
-            made += [random(CONFIG.head_dim, dtype=torch.float32) for _ in range(2)]
-            return (*made, table)
         return tuple(made)
 
     return inputs

@@ -1,9 +1,10 @@
-"""Kernels for diffusion transformers: token routing, patch embedding, x-prediction loss, noise, Muon's products.
+"""Kernels for diffusion transformers: token routing, what stands between a block's products, pixels, noise, Muon.
 
 Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definition in `prx_kernels.reference`.
 """
 
 from . import reference as reference
+from .blocks import qk_norm_rope
 from .muon import Muon, assign_owners
 from .newton_schulz import newton_schulz, newton_schulz_flop, safe_restarts, sym_gemm, zeropower_via_newtonschulz5
 from .noise import philox_normal, philox_uniform
@@ -41,6 +42,7 @@ __all__ = [
     "patchify",
     "philox_normal",
     "philox_uniform",
+    "qk_norm_rope",
     "route_blocks",
     "safe_restarts",
     "sample_keep",

@@ -4,6 +4,16 @@ Each stands beside its kernels, in the op's own `reference.py`. What runs here r
 is also what a CPU executes, and the eager baseline of the benchmarks. Nothing here is tuned.
 """
 
+from .blocks.reference import (
+    joined_rows,
+    padded_rows,
+    qk_norm_rope,
+    qk_norm_rope_backward,
+    rms_norm,
+    rms_norm_backward,
+    rotate_pairs,
+    rows_of,
+)
 from .launch import widened
 from .muon.reference import bounding_scales, decayed_update, momentum_update, update_bounds
 from .newton_schulz.reference import cpu_has_bfloat16, multiply, newton_schulz, sym_gemm, unit_norm
@@ -34,12 +44,14 @@ __all__ = [
     "exit_route_gated",
     "gate_backward",
     "gather_tokens",
+    "joined_rows",
     "kept_tokens",
     "modulate_backward",
     "momentum_update",
     "multiply",
     "newton_schulz",
     "noisy_image",
+    "padded_rows",
     "patch_image_gradient",
     "patch_project",
     "patch_weight_gradient",
@@ -47,6 +59,12 @@ __all__ = [
     "philox_normal",
     "philox_uint32",
     "philox_uniform",
+    "qk_norm_rope",
+    "qk_norm_rope_backward",
+    "rms_norm",
+    "rms_norm_backward",
+    "rotate_pairs",
+    "rows_of",
     "sample_keep",
     "scaled",
     "scatter_tokens",

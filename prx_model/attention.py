@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packed_text import join_keys, unpack
-
 Backend = Literal["sdpa", "varlen", "flash"]
 BACKENDS: tuple[Backend, ...] = ("sdpa", "varlen", "flash")
 
@@ -34,72 +32,52 @@ def _has_flash_attention() -> bool:
     return find_spec("flash_attn") is not None and find_spec("flash_attn.flash_attn_interface") is not None
 
 
-def attend(
-    query: Tensor,
-    image_kv: tuple[Tensor, Tensor],
-    text_kv: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    backend: Backend,
-    text_places: Tensor | None = None,
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: Backend) -> Tensor:
     """Softmax attention of image queries over text and image keys, scaled by 1/sqrt(head_dim).
 
     Args:
         query: (batch, heads, N, head_dim).
-        image_kv: keys and values of the image, each (batch, heads, N, head_dim).
-        text_kv: keys and values of the text, each (batch, heads, L, head_dim); packed: (heads, rows, head_dim).
+        key, value: (batch, heads, L + N, head_dim), text first.
         mask: (batch, L) bool, True at real text tokens; None where all are real. Padding on any side.
         backend: one of `BACKENDS`; see `check_backend`.
-        text_places: (rows,) int64 where the text is packed (`packed_text.PackedText`); the mask is needed then.
 
     Returns:
         (batch, heads, N, head_dim), dtype of the query.
     """
-    if text_places is not None and mask is not None:
-        if backend != "sdpa":
-            return _attend_packed(query, image_kv, text_kv, mask, backend, text_places)
-        # The kernel wants every sample's keys at one length: rows are moved, which costs less than projecting padding.
-        text_k, text_v = (unpack(t.transpose(0, 1), text_places, *mask.shape).transpose(1, 2) for t in text_kv)
-        text_kv = text_k, text_v
-    if backend != "sdpa" and mask is not None:
-        # Packed kernels leave the gradient of keys behind the last segment unwritten (empty_like): cut it off here.
-        padding = ~mask[:, None, :, None]
-        text_kv = text_kv[0].masked_fill(padding, 0.0), text_kv[1].masked_fill(padding, 0.0)
-    key = torch.cat((text_kv[0], image_kv[0]), dim=2)
-    value = torch.cat((text_kv[1], image_kv[1]), dim=2)
-    if backend == "sdpa":
-        joint = None
-        if mask is not None:
-            joint = F.pad(mask, (0, image_kv[0].shape[2]), value=True)[:, None, None, :]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=joint)
-    packed_key, packed_value, cu_keys = pack_keys(key, value, mask)
-    return _by_segments(query, packed_key, packed_value, cu_keys, key.shape[2], backend)
-
-
-def _attend_packed(
-    query: Tensor,
-    image_kv: tuple[Tensor, Tensor],
-    text_kv: tuple[Tensor, Tensor],
-    mask: Tensor,
-    backend: Backend,
-    places: Tensor,
-) -> Tensor:
-    """`attend` where the text is packed and the kernel takes packed keys: padding is never made."""
-    parts = zip(text_kv, image_kv, strict=True)
-    (key, cu_keys), (value, _) = (
-        join_keys(text.transpose(0, 1), image.transpose(1, 2), places, mask) for text, image in parts
-    )
-    return _by_segments(query, key, value, cu_keys, mask.shape[1] + query.shape[2], backend)
-
-
-def _by_segments(query: Tensor, key: Tensor, value: Tensor, cu_keys: Tensor, longest: int, backend: Backend) -> Tensor:
-    """Attention of (batch, heads, N, head_dim) queries over packed (rows, heads, head_dim) keys and values."""
     batch, heads, tokens, head_dim = query.shape
-    cu_queries = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
+    real = None if mask is None else F.pad(mask, (0, key.shape[2] - mask.shape[1]), value=True)
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=real if real is None else real[:, None, None]
+        )
+    if real is not None:
+        # Packed kernels leave the gradient of keys behind the last segment unwritten (empty_like): cut it off here.
+        padding = ~real[:, None, :, None]
+        key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
     packed_query = query.transpose(1, 2).reshape(batch * tokens, heads, head_dim)
+    packed_key, packed_value, cu_keys = pack_keys(key, value, mask)
+    out = attend_packed(packed_query, packed_key, packed_value, cu_keys, key.shape[2], backend)
+    return out.unflatten(0, (batch, tokens)).transpose(1, 2)
+
+
+def attend_packed(query: Tensor, key: Tensor, value: Tensor, cu_keys: Tensor, longest: int, backend: Backend) -> Tensor:
+    """Attention where each sample has its own number of keys, which lie behind one another without padding.
+
+    Args:
+        query: (batch·N, heads, head_dim), N for each sample.
+        key, value: (rows, heads, head_dim).
+        cu_keys: (batch + 1,) int32: sample i's keys are rows cu_keys[i] … cu_keys[i + 1] - 1.
+        longest: at least the keys of any sample.
+        backend: "varlen" or "flash".
+
+    Returns:
+        (batch·N, heads, head_dim).
+    """
+    rows, samples = query.shape[0], cu_keys.shape[0] - 1
+    tokens = rows // samples
+    cu_queries = torch.arange(0, rows + 1, tokens, dtype=torch.int32, device=query.device)
     kernel = _varlen if backend == "varlen" else _flash
-    out = kernel(packed_query, key, value, cu_queries, cu_keys, tokens, longest)
-    return out.reshape(batch, tokens, heads, head_dim).transpose(1, 2)
+    return kernel(query, key, value, cu_queries, cu_keys, tokens, longest)
 
 
 def pack_keys(key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Backend, attend
+from prx_kernels import qk_norm_rope
+
+from .attention import Backend, attend, attend_packed
 from .config import PRXConfig
 
 TIME_FEATURES = 256  # diffusers' PRXTransformer2DModel, time_in
@@ -40,14 +42,6 @@ def rotary_table(rows: int, columns: int, axes_dim: tuple[int, int], theta: int,
         angles.append(position[:, None] * frequency[None, :])
     angle = torch.cat(angles, dim=-1)
     return torch.stack((angle.cos(), angle.sin()), dim=-1).float()[None]
-
-
-def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
-    """Turn neighbouring feature pairs of x (batch, heads, N, head_dim) by table (1 or batch, N, head_dim/2, 2)."""
-    cos, sin = table[:, None, :, :, 0], table[:, None, :, :, 1]
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1)
-    return turned.flatten(-2).type_as(x)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -84,23 +78,30 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width, bias=False)])
 
     def forward(
-        self, x: Tensor, text: Tensor, rotary: Tensor, text_mask: Tensor | None, text_places: Tensor | None = None
+        self, x: Tensor, text: Tensor, rotary: Tensor, text_mask: Tensor | None, text_offsets: Tensor | None = None
     ) -> Tensor:
-        q, k, v = self._heads(self.img_qkv_proj(x), 3)
-        text_k, text_v = self._heads(self.txt_kv_proj(text), 2)
-        q = apply_rotary(self.norm_q(q), rotary)
-        k = apply_rotary(self.norm_k(k), rotary)
-        # Under autocast the norms give float32: all operands of the product must have the values' dtype.
-        q, k, text_k = q.to(v.dtype), k.to(v.dtype), self.norm_added_k(text_k).to(v.dtype)
-        out = attend(q, (k, v), (text_k, text_v), text_mask, self.backend, text_places)
-        result: Tensor = self.to_out[0](out.transpose(1, 2).flatten(2))
+        length = None if text_offsets is None or text_mask is None else text_mask.shape[1]
+        packed_keys = length is not None and self.backend != "sdpa"
+        q, k, v = qk_norm_rope(
+            self.img_qkv_proj(x),
+            self.norm_q.weight,
+            self.norm_k.weight,
+            rotary,
+            self.txt_kv_proj(text),
+            self.norm_added_k.weight,
+            txt_offsets=text_offsets,
+            txt_length=None if packed_keys else length,
+            packed_keys=packed_keys,
+            eps=NORM_EPS,
+        )
+        if packed_keys and length is not None and text_offsets is not None:
+            (batch, tokens), device = x.shape[:2], x.device
+            cu_keys = text_offsets + torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device)
+            out = attend_packed(q, k, v, cu_keys, length + tokens, self.backend)
+        else:
+            out = attend(q, k, v, text_mask, self.backend).transpose(1, 2)
+        result: Tensor = self.to_out[0](out.reshape(x.shape))
         return result
-
-    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(batch, tokens, parts·hidden) -> `parts` tensors (batch, heads, tokens, head_dim); packed text: no batch."""
-        # Unbound in place, not moved to the front first: backward then writes the parts beside one another, while a
-        # stack in front is copied into place again (11 % of the bytes that Inductor's kernels of a block move).
-        return tuple(part.transpose(-3, -2) for part in x.unflatten(-1, (parts, self.heads, -1)).unbind(-3))
 
 
 class Modulation(nn.Module):
@@ -118,7 +119,7 @@ class Modulation(nn.Module):
 class PRXBlock(nn.Module):
     """One transformer block: x (batch, N, hidden) in and out; text is read, never written.
 
-    text is (batch, L, hidden), or (rows, hidden) with `text_places` (`packed_text.PackedText`).
+    text is (batch, L, hidden), or (rows, hidden) with `text_offsets` (`packed_text.PackedText`).
     """
 
     def __init__(self, config: PRXConfig, backend: Backend = "sdpa") -> None:
@@ -136,10 +137,10 @@ class PRXBlock(nn.Module):
         temb: Tensor,
         rotary: Tensor,
         text_mask: Tensor | None = None,
-        text_places: Tensor | None = None,
+        text_offsets: Tensor | None = None,
     ) -> Tensor:
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(temb)
-        x = x + gate_a * self.attention(modulate(x, shift_a, scale_a), text, rotary, text_mask, text_places)
+        x = x + gate_a * self.attention(modulate(x, shift_a, scale_a), text, rotary, text_mask, text_offsets)
         h = modulate(x, shift_m, scale_m)
         return x + gate_m * self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
 

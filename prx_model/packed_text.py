@@ -24,6 +24,8 @@ class PackedText(NamedTuple):
     """(rows,) int64: row i stands at `places[i]` of the flattened (batch·L) padded form; batch·L for rows of zeros."""
     mask: Tensor
     """(batch, L) bool: the padded form's mask, True at real tokens."""
+    offsets: Tensor
+    """(batch + 1,) int32: sample i's tokens are rows offsets[i] … offsets[i + 1] - 1."""
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """The padded form, zeros in its padding, and its mask: (batch, L, width) and (batch, L)."""
@@ -55,13 +57,11 @@ def pack(
     host = torch.tensor(lengths)
     mask = torch.arange(length) < host[:, None]
     places = F.pad(mask.flatten().nonzero()[:, 0], (0, rows - real), value=mask.numel())
+    layout = [places, mask, F.pad(host.cumsum(0), (1, 0)).to(torch.int32)]
     if tokens.device.type == "cuda":
-        mask, places = mask.pin_memory(), places.pin_memory()
-    return PackedText(
-        F.pad(tokens, (0, 0, 0, rows - real)),
-        places.to(tokens.device, non_blocking=True),
-        mask.to(tokens.device, non_blocking=True),
-    )
+        layout = [x.pin_memory() for x in layout]
+    padded = F.pad(tokens, (0, 0, 0, rows - real))
+    return PackedText(padded, *(x.to(tokens.device, non_blocking=True) for x in layout))
 
 
 def unpack(rows: Tensor, places: Tensor, batch: int, length: int) -> Tensor:
@@ -71,27 +71,3 @@ def unpack(rows: Tensor, places: Tensor, batch: int, length: int) -> Tensor:
     """
     padded = rows.new_zeros(batch * length + 1, *rows.shape[1:]).index_copy(0, places, rows)
     return padded[:-1].unflatten(0, (batch, length))
-
-
-def join_keys(text: Tensor, image: Tensor, places: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed text and image keys (or values), sample after sample, text first: what varlen attention reads.
-
-    Args:
-        text: (rows, heads, head_dim), packed as `places` (rows,) and `mask` (batch, L) say.
-        image: (batch, N, heads, head_dim).
-
-    Returns:
-        (rows + batch·N, heads, head_dim), the rows of zeros last, and the int32 cumulative lengths (batch + 1,)
-        without them.
-    """
-    (batch, length), tokens = mask.shape, image.shape[1]
-    end = mask.sum(dim=1).cumsum(0)
-    sample = torch.arange(batch, device=image.device)
-    # A row of text stands behind the images of the samples before its own; a row of zeros behind all.
-    to_text = torch.arange(text.shape[0], device=text.device) + (places // length).clamp(max=batch) * tokens
-    to_image = (end + sample * tokens)[:, None] + torch.arange(tokens, device=image.device)
-    # Packed kernels leave the gradient of keys behind the last segment unwritten (empty_like): cut it off here.
-    text = text.masked_fill((places >= mask.numel())[:, None, None], 0.0)
-    source = torch.cat((text, image.flatten(0, 1)))
-    joined = torch.zeros_like(source).index_copy(0, torch.cat((to_text, to_image.flatten())), source)
-    return joined, F.pad(end + (sample + 1) * tokens, (1, 0)).to(torch.int32)

@@ -146,7 +146,7 @@ class PRXTransformer(nn.Module):
         rows, columns = self._check(image, t, text, text_mask, keep, route, feature_layer)
         level = None if noise_seed is None else t.expand(image.shape[0])
         x = self._embed(image, t=level, noise_seed=noise_seed, sample_ids=sample_ids, noise_scale=noise_scale)
-        places = text.places if isinstance(text, PackedText) else None
+        offsets = text.offsets if isinstance(text, PackedText) else None
         embeddings, text_mask = (text.tokens, text.mask) if isinstance(text, PackedText) else (text, text_mask)
         context = self.txt_in(embeddings.to(self.txt_in.weight.dtype))
         temb = self.time_in(t)
@@ -157,7 +157,7 @@ class PRXTransformer(nn.Module):
             if i == start and keep is not None:
                 x, bypass = enter_route(x, keep)
                 rotary = gather_tokens(dense_rotary.expand(image.shape[0], -1, -1, -1), keep)
-            x = block(x, context, temb, rotary, text_mask, places)
+            x = block(x, context, temb, rotary, text_mask, offsets)
             if i == feature_layer:
                 features = x
             if i == end and keep is not None:
@@ -225,7 +225,7 @@ def _check_packed(text: PackedText, text_mask: Tensor | None, batch: int, width:
     """Refuse packed text that is not of this batch or width, or that comes with a second mask."""
     if text_mask is not None:
         raise ValueError("text_mask goes with padded text; packed text holds its own mask")
-    tokens, places, mask = text
+    tokens, places, mask, offsets = text
     if tokens.ndim != 2 or tokens.shape[1] != width or places.shape != tokens.shape[:1] or places.dtype != torch.int64:
         raise ValueError(
             f"packed text must be tokens (rows, {width}) and places (rows,) int64, "
@@ -233,3 +233,7 @@ def _check_packed(text: PackedText, text_mask: Tensor | None, batch: int, width:
         )
     if mask.ndim != 2 or mask.shape[0] != batch or mask.dtype != torch.bool:
         raise ValueError(f"packed text's mask must be bool ({batch}, L), got {mask.dtype} of shape {tuple(mask.shape)}")
+    if offsets.shape != (batch + 1,) or offsets.dtype != torch.int32:
+        raise ValueError(
+            f"packed text's offsets must be int32 ({batch + 1},), got {offsets.dtype} of shape {tuple(offsets.shape)}"
+        )

@@ -53,6 +53,7 @@ FLOORS = {
 # The ops of prx_kernels, each with the ops below it; all of them stand on launch.py, and reference.py hands on the
 # names of all. Taken home, an op needs launch.py and these folders.
 OPS: dict[str, set[str]] = {
+    "blocks": set(),
     "noise": set(),
     "newton_schulz": set(),
     "routing": {"noise"},

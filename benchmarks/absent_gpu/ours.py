@@ -46,6 +46,15 @@ def _rows(x: Tensor, keep: Tensor) -> int:
     return _size(x) // max(x.shape[1], 1) * keep.shape[1]
 
 
+def _qk_norm_rope_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, img_qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor,
+    txt_kv: Tensor | None, *_: Any,
+) -> int:  # fmt: skip
+    """Values are not read again, of which img_qkv holds a third and txt_kv half; the weights' gradients are nothing."""
+    text = 0 if txt_kv is None else _size(txt_kv) // 2 + _size(txt_kv)
+    return _size(grad_q) + _size(grad_k) + _size(grad_v) + _size(img_qkv) * 2 // 3 + _size(img_qkv) + _size(rope) + text
+
+
 # Routing touches only the rows that move. Rows of y all lie in x's place; `keep` is read once.
 _BYTES: dict[str, Callable[..., int]] = {
     "gather_tokens": lambda x, keep: 2 * _rows(x, keep) + _size(keep),
@@ -67,5 +76,6 @@ _BYTES: dict[str, Callable[..., int]] = {
         2 * sum(map(_size, params)) + sum(map(_size, updates)) + sum(map(_size, copies))
     ),
     "scaled_copy": lambda sources, outs, *_: sum(map(_size, sources)) + sum(map(_size, outs)),
+    "qk_norm_rope_backward": _qk_norm_rope_backward,
     "gate_backward": lambda grad, branch, gate, keep: 4 * _rows(grad, keep) + 2 * _size(gate) + _size(keep),
 }

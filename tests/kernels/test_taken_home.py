@@ -66,8 +66,20 @@ NOISE = """
 def run(ops):
     return [ops.philox_normal(torch.tensor(3), (2, 3, 5), sample_ids=torch.tensor([9, 4]))]
 """
+BLOCKS = """
+def run(ops):
+    img = torch.linspace(-1, 1, 144).sin().view(2, 3, 24).requires_grad_()
+    txt = torch.linspace(-1, 1, 64).cos().view(4, 16).requires_grad_()
+    weights = [torch.full((4,), value, requires_grad=True) for value in (0.5, 1.0, 1.5)]
+    angle = torch.linspace(0, 3, 6).view(1, 3, 2)
+    offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
+    rope = torch.stack((angle.cos(), angle.sin()), dim=-1)
+    out = ops.qk_norm_rope(img, *weights[:2], rope, txt, weights[2], txt_offsets=offsets, txt_length=3)
+    sum((i + 1) * x.square().sin().sum() for i, x in enumerate(out)).backward()
+    return [*out, img.grad, txt.grad, *(weight.grad for weight in weights)]
+"""
 USES = {"routing": ROUTING, "newton_schulz": NEWTON_SCHULZ, "muon": MUON, "patch_embed": PATCH_EMBED}
-USES |= {"pixel_loss": PIXEL_LOSS, "noise": NOISE}
+USES |= {"blocks": BLOCKS, "pixel_loss": PIXEL_LOSS, "noise": NOISE}
 PROGRAM = """
 import importlib, sys
 import torch

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prx_model import PRXConfig, PRXTransformer
 from prx_model import attention as attention_module
-from prx_model.attention import BACKENDS, attend, check_backend, pack_keys
+from prx_model.attention import BACKENDS, check_backend, pack_keys
 
 BATCH, HEADS, IMAGE, TEXT, HEAD_DIM = 4, 2, 6, 5, 8
 MASKS = {
@@ -31,6 +31,13 @@ def make_heads(seed: int = 0) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tens
         torch.randn(BATCH, n, HEADS, HEAD_DIM, generator=generator).transpose(1, 2).requires_grad_() for n in sizes
     )
     return q, (ik, iv), (tk, tv)
+
+
+def attend(
+    query: Tensor, image: tuple[Tensor, Tensor], text: tuple[Tensor, Tensor], mask: Tensor | None, backend: Any
+) -> Tensor:
+    key, value = (torch.cat(parts, dim=2) for parts in zip(text, image, strict=True))
+    return attention_module.attend(query, key, value, mask, backend)
 
 
 def sample_by_sample(

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from prx_kernels.reference import joined_rows
 from prx_model import PRXConfig, PRXTransformer
 from prx_model import attention as attention_module
-from prx_model.packed_text import PackedText, join_keys, pack, unpack
+from prx_model.packed_text import PackedText, pack, unpack
 from tests.model.test_attention import _Segments
 
 CONFIG = PRXConfig(patch_size=4, context_in_dim=24, hidden_size=32, num_heads=2, depth=3, axes_dim=(8, 8))
@@ -52,6 +53,7 @@ def test_packing_and_unpacking_put_every_token_where_padding_on_the_right_has_it
     packed = pack(tokens, LENGTHS, rows_step=8, length_step=4)
     assert packed.tokens.shape == (16, 24)
     assert packed.mask.tolist() == [[i < n for i in range(8)] for n in LENGTHS]
+    assert packed.offsets.tolist() == [0, 3, 3, 10, 11]
     padded, mask = packed.padded()
     assert mask is packed.mask
     expected = torch.nn.utils.rnn.pad_sequence(tokens.split(LENGTHS), batch_first=True)
@@ -79,7 +81,7 @@ def test_joined_keys_are_each_sample_s_text_and_image() -> None:
     packed = pack(make_text(), LENGTHS, rows_step=8, length_step=4)
     text = packed.tokens.view(16, 2, 12)
     image = torch.randn(BATCH, 6, 2, 12, generator=torch.Generator().manual_seed(4))
-    joined, cumulative = join_keys(text, image, packed.places, packed.mask)
+    joined, cumulative = joined_rows(text, image, packed.offsets), packed.offsets + 6 * torch.arange(BATCH + 1).int()
     assert cumulative.dtype == torch.int32
     assert cumulative.diff().tolist() == [n + 6 for n in LENGTHS]
     parts = text[: sum(LENGTHS)].split(LENGTHS)
@@ -214,6 +216,7 @@ WRONG: dict[str, tuple[dict[str, Any], Tensor | None, str]] = {
     "width": ({"tokens": torch.zeros(16, 23)}, None, r"tokens \(rows, 24\).*\(16, 23\)"),
     "places": ({"places": torch.zeros(16, dtype=torch.int32)}, None, "int64, got .*int32"),
     "batch": ({"mask": torch.zeros(3, 8, dtype=torch.bool)}, None, r"mask must be bool \(4, L\), got .*\(3, 8\)"),
+    "offsets": ({"offsets": torch.zeros(4, dtype=torch.int32)}, None, r"offsets must be int32 \(5,\), got .*\(4,\)"),
     "second mask": ({}, torch.zeros(4, 8, dtype=torch.bool), "packed text holds its own mask"),
 }
 

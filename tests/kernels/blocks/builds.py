@@ -1,0 +1,44 @@
+"""The configurations of the block kernels' tables, as ahead-of-time builds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from prx_kernels.blocks import kernels, launch
+from prx_kernels.launch import Config, tl
+
+from ..ahead_of_time import Build, build
+
+FLOATS = {2: "*bf16", 4: "*fp32", 8: "*fp64"}
+
+
+def signature(kernel: Any, element: str, accumulator: str) -> dict[str, str]:
+    """Types of run-time arguments: pointers by what they hold, eps, and 32-bit numbers."""
+    special = {"sums_ptr": accumulator, "rope_ptr": "*fp32", "offsets_ptr": "*i32", "eps": "fp32"}
+    weights = {name: "*fp32" for name in kernel.arg_names if name.endswith("weight_ptr")}
+    made = {}
+    for name in kernel.arg_names:
+        if not name.isupper():
+            made[name] = special.get(name) or weights.get(name) or (element if name.endswith("_ptr") else "i32")
+    return made
+
+
+def qk_norm_rope(arch: int, width: int, *texts: int, only: int | None = None) -> Iterator[tuple[str, Build]]:
+    """Each row of the table (or one), at the widest head that it serves, for these ways that text comes and goes."""
+    element = FLOATS[width]
+    accumulator, kind = ("*fp64", tl.float64) if width == 8 else ("*fp32", tl.float32)
+    for kernel, table in ((kernels._forward_kernel, launch.FORWARD), (kernels._backward_kernel, launch.BACKWARD)):
+        for head_dim, config in table[0]:
+            if only not in (None, head_dim):
+                continue
+            constants = {"ALIGN": 16 // width, "ACC": kind, "SAMPLES": 32, "HEAD_DIM": head_dim}
+            for text in texts:
+                made = build(kernel, signature(kernel, element, accumulator), {**constants, "TEXT": text}, config, arch)
+                yield f"{kernel.__name__} D {head_dim} width {width} text {text}", made
+
+
+def sums(arch: int) -> Iterator[tuple[str, Build]]:
+    kernel = kernels._sum_kernel
+    config: Config = launch.SUM[0][0][1]
+    yield "sum", build(kernel, signature(kernel, "*fp32", "*fp32"), {"ACC": tl.float32, "HEAD_DIM": 64}, config, arch)
