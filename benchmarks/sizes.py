@@ -57,7 +57,7 @@ class Case:
 def stages_that_fit(memory: int) -> list[Case]:
     """A GPU's part of both stages, as the recipe has it on an H200 (141 GB); half of the pictures on smaller ones.
 
-    Ours needs 45 and 52 GB for the whole (counted, docs/step.md), but the plain ways that it is compared with keep more.
+    Ours needs 45 and 52 GB for the whole (docs/step.md), but the plain ways that it is compared with keep more.
     """
     shares = 1 if memory > 120e9 else 2
     return [Case(512, 32 // shares), Case(1024, 16 // shares, repa=False)]

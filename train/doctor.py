@@ -269,10 +269,15 @@ def _costs(
 ) -> None:
     """Time, money, memory and disk of a stage on the assumed GPUs."""
     from train.data.text_cache import MEAN_TOKENS, cache_bytes
+    from train.learner.build import check_ranks
     from train.run.plan import project, time_line
 
     cost = project(recipe, assumed, counts)
-    share = cost.state_bytes / assumed.gpus
+    share = cost.state_bytes / cost.shards
+    try:
+        check_ranks(recipe, assumed.gpus)
+    except UserError as error:
+        found.advice.append(f"the run would refuse to start on {assumed.gpus} GPUs: {error}")
     found.values["cost"] = {
         "gpus": assumed.gpus,
         "image_tokens": round(cost.tokens, 1),
@@ -281,6 +286,7 @@ def _costs(
         "dollars": cost.dollars,
         "summary": time_line(recipe, assumed, cost),
         "state_bytes_a_gpu_sharded": share,
+        "shards": cost.shards,
         "state_bytes_a_gpu_whole": cost.state_bytes,
         "activation_bytes_a_gpu": cost.activation_bytes,
         # One more than are kept exists while a new one is written.
@@ -348,7 +354,7 @@ def _lines(found: Findings) -> Iterator[str]:
     yield f"  {cost['summary']}"
     yield (
         f"  memory a GPU: {in_units(cost['state_bytes_a_gpu_sharded'])} of weights, gradients, optimizer and EMA "
-        f"sharded over {cost['gpus']} ({in_units(cost['state_bytes_a_gpu_whole'])} whole), "
+        f"sharded over {cost['shards']} ({in_units(cost['state_bytes_a_gpu_whole'])} whole), "
         f"activations about {in_units(cost['activation_bytes_a_gpu'])}"
     )
     cache = f", text cache {in_units(cost['text_cache_bytes'])}" if "text_cache_bytes" in cost else ""

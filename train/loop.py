@@ -17,6 +17,7 @@ from train.errors import UserError
 from train.evaluation import evaluate
 from train.evaluation.distances import Distances
 from train.evaluation.pictures import save_grid
+from train.learner.build import check_ranks
 from train.learner.optimizers import learning_rate_factor
 from train.learner.step import Learner
 from train.ranks import faults
@@ -65,12 +66,7 @@ class Trainer:
     ) -> None:
         self.recipe, self.world, self.stage, self.force = recipe, world, stage, force
         self.folder = run_folder(recipe)
-        parts = world.size * recipe.parallel.micro_batches
-        if recipe.train.batch % parts:
-            raise UserError(
-                f"train.batch {recipe.train.batch} must be a multiple of the {world.size} ranks x "
-                f"{recipe.parallel.micro_batches} parallel.micro_batches"
-            )
+        check_ranks(recipe, world.size)
         if (self.folder / CONFIG).exists():
             self._check_config()
         self.dataset = open_dataset(recipe.data, recipe.train.seed, recipe.model.patch_size)

@@ -3,6 +3,7 @@
 The same cases in every run. `PRX_FUZZ_SECONDS=3600 pytest tests/train/test_fuzz.py -n 0` draws new ones for so long.
 """
 
+import functools
 import io
 import json
 import os
@@ -54,12 +55,12 @@ def fuzz(examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def long(test: Callable[..., None]) -> Callable[..., None]:
         drawn = settings(max_examples=max(examples, 200), **common)(test)
 
+        @functools.wraps(drawn)
         def repeated(*arguments: Any, **named: Any) -> None:
             until = time.monotonic() + SECONDS / PARTS
             while time.monotonic() < until:
                 drawn(*arguments, **named)
 
-        repeated.__name__, repeated.__doc__ = test.__name__, test.__doc__
         return repeated
 
     return long

@@ -130,6 +130,19 @@ def check(recipe: Recipe) -> None:
         )
 
 
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Refuse a batch that so many ranks cannot share out.
+
+    Raises:
+        UserError: naming the fields.
+    """
+    if recipe.train.batch % (ranks * recipe.parallel.micro_batches):
+        raise UserError(
+            f"train.batch {recipe.train.batch} must be a multiple of the {ranks} ranks x "
+            f"{recipe.parallel.micro_batches} parallel.micro_batches"
+        )
+
+
 def frozen_tower(text: Text) -> T5GemmaTower:
     """The frozen encoder of a text section, on the CPU.
 

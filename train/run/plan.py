@@ -15,13 +15,17 @@ from train.data.buckets import Size
 from train.data.loader import open_dataset, open_validation
 from train.data.readers import ImageDataset
 from train.data.text_cache import MEAN_TOKENS, cache_bytes
-from train.learner.build import check
+from train.errors import UserError
+from train.learner.build import check, check_ranks
 from train.learner.optimizers import Named, named_parameters, split
+from train.ranks.parallel import mesh_shape
 from train.recipes import Recipe, TwoStages
-from train.shown import address, settings
+from train.shown import address, settings, tell
 
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
 """Dense bf16 rate on the data sheet, TFLOP/s, by a part of the device's name."""
+
+_GPUS_A_NODE = 8
 
 RECIPE_CAPTIONS = 8_700_000
 """flux_generated 1.7 M, FLUX-Reason-6M and midjourney-v6-llava 1 M, one caption each (docs/recipe.md, "Data")."""
@@ -64,6 +68,8 @@ class Projection:
     """Image tokens, the mean over buckets where they are known."""
     state_bytes: float
     """Weights, gradients, optimizer and EMA of all GPUs together, unless each holds all."""
+    shards: int
+    """GPUs that share one copy of these, by the trainer's own rule (`mesh_shape`), eight GPUs a node."""
     activation_bytes: float
     """Of one GPU, for the largest bucket."""
     checkpoint_bytes: float
@@ -86,7 +92,7 @@ def project(recipe: Recipe, assumed: DryRun, buckets: Mapping[Size, int] | None 
         buckets: pictures of each aspect-ratio bucket; all are data.height x data.width without.
 
     Raises:
-        UserError: settings that do not fit one another.
+        UserError: settings that do not fit one another, or a mesh that does not fit the GPUs.
     """
     check(recipe)
     parameters = named_parameters(_on_paper(recipe))
@@ -102,6 +108,9 @@ def project(recipe: Recipe, assumed: DryRun, buckets: Mapping[Size, int] | None 
     return Projection(
         tokens=tokens,
         state_bytes=state,
+        shards=mesh_shape(
+            recipe.parallel, assumed.gpus, _GPUS_A_NODE if assumed.gpus % _GPUS_A_NODE == 0 else assumed.gpus
+        )[1],
         activation_bytes=activations,
         checkpoint_bytes=state - 4.0 * sum(p.numel() for _, p in parameters),  # no gradients
         routed_flop=routed,
@@ -158,6 +167,10 @@ def _print_stage(recipe: Recipe, assumed: DryRun) -> float:
         f"  denoiser: {cost.routed_flop / 1e12:.4g} TFLOP a step forward and backward "
         f"({cost.dense_flop / 1e12:.4g} without routing)"
     )
+    try:
+        check_ranks(recipe, assumed.gpus)
+    except UserError as error:
+        tell(f"  note: the run would refuse to start on {assumed.gpus} GPUs: {error}")
     print(f"  Newton-Schulz: {cost.newton_schulz_flop / 1e12:.4g} TFLOP a step")
     print(f"  {time_line(recipe, assumed, cost)}")
     if recipe.text.kind == "t5gemma":
