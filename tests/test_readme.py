@@ -47,7 +47,7 @@ def wrong(words: list[str]) -> str:
     """What is wrong with a command, "" if nothing that can be seen without running it."""
     while words[:2] == ["uv", "run"] or words[:1] == ["srun"]:
         words = words[2:] if words[0] == "uv" else words[1:]
-    if not words or words[0] in ("pip", "uv", "pre-commit"):
+    if not words or words[0] in ("pip", "uv", "pre-commit", "--isolated"):
         return ""
     script = next((i for i, word in enumerate(words) if word.endswith((".py", ".sh", "/run")) or word == "-m"), None)
     if words[0] == "torchrun":
