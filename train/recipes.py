@@ -165,6 +165,9 @@ class EMASettings:
 
     decay: float = 0.999
     every: int = 10
+    """Steps from one update to the next."""
+    phase: Literal["first", "last"] = "first"
+    """first: after batches 1, 11, 21, …; last: after batches 10, 20, …, as in PRX's code."""
 
 
 @dataclass(frozen=True)
@@ -366,7 +369,7 @@ def prx_512() -> Recipe:
         pdino=PDINO(enabled=True),
         muon=Muon(),
         adam=Adam(),
-        ema=EMASettings(decay=0.999, every=10),
+        ema=EMASettings(decay=0.999, every=10, phase="last"),
         train=Train(steps=100_000, batch=1024, warmup=1_000, clip=0.2, init="torch"),
         sampling=Sampling(steps=50, guidance=3.5, guidance_kind="self", routed_tokens="once", time_grid="linear"),
     )
