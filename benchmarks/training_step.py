@@ -138,6 +138,7 @@ def recipe_of(way: Way, case: Case) -> Recipe:
         data=replace(preset.data, height=case.size, width=case.size),
         model=case.config,
         routing=replace(routing(case.config), enabled=way.routed),
+        ema=replace(preset.ema, phase="first"),  # so that the step that is checked moves the averages
         repa=replace(preset.repa, enabled=way.teachers and case.repa, weights="random", layer=layer, **small),
         lpips=replace(preset.lpips, enabled=way.teachers, weights="random"),
         pdino=replace(preset.pdino, enabled=way.teachers, weights="random", **small_dino),

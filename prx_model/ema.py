@@ -20,32 +20,43 @@ class EMA:
         parameters: (name, parameter) pairs, under names that wrappers may have added to; averaged in float32.
         decay: in [0, 1).
         every: steps between updates.
+        phase: which of `every` steps moves the averages: "first" is after batches 1, every + 1, …, "last" after batches
+            every, 2·every, …, as in PRX's code.
 
     Raises:
-        ValueError: decay outside [0, 1) or every < 1.
+        ValueError: decay outside [0, 1), every < 1, or an unknown phase.
     """
 
     def __init__(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], *, decay: float = 0.999, every: int = 10
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        decay: float = 0.999,
+        every: int = 10,
+        phase: str = "first",
     ) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"ema.decay must lie in [0, 1), got {decay}")
         if every < 1:
             raise ValueError(f"ema.every must be at least 1, got {every}")
+        if phase not in ("first", "last"):
+            raise ValueError(f'ema.phase must be "first" or "last", got {phase!r}')
         self.decay, self.every = decay, every
+        self.first_step = every - 1 if phase == "last" else 0
+        """The first step that moves the averages, 0-based."""
         pairs = unwrapped(dict(parameters))
         self.names, self.parameters = list(pairs), list(pairs.values())
         self.averages = [parameter.detach().float().clone() for parameter in self.parameters]
 
     @torch.no_grad()
     def update(self, step: int, taken: Tensor | None = None) -> None:
-        """Move the averages after optimizer step `step` (0-based), where `step` is a multiple of `every`.
+        """Move the averages after optimizer step `step` (0-based), where it is that step's turn.
 
         Args:
             step: of the optimizer.
             taken: 0-dim tensor on the weights' device, 0 where that step was skipped: the averages stay, bit for bit.
         """
-        if step % self.every:
+        if step % self.every != self.first_step:
             return
         device = _local(self.averages[0]).device
         rate = torch.full((), 1.0 - self.decay, device=device)

@@ -173,6 +173,9 @@ class EMASettings:
 
     decay: Annotated[float, Range(0, 1, below=True)] = 0.999
     every: Annotated[int, Range(1, MOST)] = 10
+    """Steps from one update to the next."""
+    phase: Literal["first", "last"] = "first"
+    """first: after batches 1, 11, 21, …; last: after batches 10, 20, …, as in PRX's code."""
 
 
 @dataclass(frozen=True)
@@ -374,7 +377,7 @@ def prx_512() -> Recipe:
         pdino=PDINO(enabled=True),
         muon=Muon(),
         adam=Adam(),
-        ema=EMASettings(decay=0.999, every=10),
+        ema=EMASettings(decay=0.999, every=10, phase="last"),
         train=Train(steps=100_000, batch=1024, warmup=1_000, clip=0.2, init="torch"),
         sampling=Sampling(steps=50, guidance=3.5, guidance_kind="self", routed_tokens="once", time_grid="linear"),
     )

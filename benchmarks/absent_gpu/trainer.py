@@ -116,7 +116,7 @@ def count(setting: Setting, recipe: Recipe | None = None) -> Counted:
         )
         counted.state = recorder.memory.live
         recorder.clear()
-        learner.ema.update(recipe.ema.every, torch.ones((), dtype=torch.bool, device=DEVICE))
+        learner.ema.update(learner.ema.first_step, torch.ones((), dtype=torch.bool, device=DEVICE))
         counted.occasional[f"averages, every {recipe.ema.every} steps"] = list(recorder.launches)
         recorder.clear()
         live = {f"{part}/{name}": x for part, held in learner.tensors().items() for name, x in held.items()}

@@ -1,5 +1,7 @@
 """The moving average of weights: its equation, its steps, and that swapping it in leaves no trace."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +56,19 @@ def test_average_moves_every_tenth_step_from_step_zero() -> None:
         if not torch.equal(before, ema.state_dict()["weight"]):
             moved.append(step)
     assert moved == [0, 10, 20, 30]
+
+
+def test_the_last_of_ten_steps_moves_the_average_as_prx_s_update_interval_does() -> None:
+    """Composer's batch counter is 1-based at the end of a batch: batches 10, 20 and 30 are steps 9, 19 and 29."""
+    model = make_model()
+    ema = EMA(model.named_parameters(), decay=0.9, every=10, phase="last")
+    by_hand = model.weight.detach().double().clone()
+    for step in range(31):
+        move(model)
+        ema.update(step)
+        if (step + 1) % 10 == 0:
+            by_hand = 0.9 * by_hand + 0.1 * model.weight.detach().double()
+        torch.testing.assert_close(ema.state_dict()["weight"].double(), by_hand, rtol=0, atol=1e-6)
 
 
 def test_a_slow_average_of_bfloat16_weights_moves_because_it_is_float32() -> None:
@@ -138,11 +153,12 @@ def test_state_goes_round_into_another_average_and_continues_alike() -> None:
         ({"decay": -0.1}, r"ema.decay must lie in \[0, 1\), got -0.1"),
         ({"decay": float("nan")}, r"ema.decay must lie in \[0, 1\), got nan"),
         ({"every": 0}, "ema.every must be at least 1, got 0"),
+        ({"phase": "middle"}, 'ema.phase must be "first" or "last", got \'middle\''),
     ],
 )
-def test_settings_out_of_range_are_refused_by_name(options: dict[str, float], message: str) -> None:
+def test_settings_out_of_range_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        EMA(make_model().named_parameters(), **options)  # type: ignore[arg-type]
+        EMA(make_model().named_parameters(), **options)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ STAGE_1 = {
     "train.init": "torch",
     "ema.decay": 0.999,
     "ema.every": 10,
+    "ema.phase": "last",
 }
 STAGE_2 = STAGE_1 | {
     "data.height": 1024,

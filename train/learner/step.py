@@ -70,7 +70,8 @@ class Learner:
         self.parameters = named_parameters(self.trained)
         self.copies = copies_of(self.trained.values())
         self.optimizers = Optimizers(self.parameters, recipe)
-        self.ema = EMA(named_parameters(self.modules.trained()), decay=recipe.ema.decay, every=recipe.ema.every)
+        averaged, ema = named_parameters(self.modules.trained()), recipe.ema
+        self.ema = EMA(averaged, decay=ema.decay, every=ema.every, phase=ema.phase)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)
         """Steps left out because their gradient was not finite: all, and the last ones in a row."""
 
