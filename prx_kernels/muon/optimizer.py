@@ -6,6 +6,7 @@ runs on one rank, its owner; everything else stays where the parameter's rows ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,10 @@ from ..newton_schulz.polynomials import COEFFICIENTS, Coefficients, newton_schul
 from ..newton_schulz.symmetric_product import DTYPES
 from . import adamw
 from .exchange import Exchange
+from .fitting import check_group, check_state, label
 from .norms import Groups, clip_factor, groups_of, sums_of_squares, total_norm
 from .owners import Block, Layout, gradient, layout_of, local
 from .plan import Member, Plan, Step
-
-ADJUST_LR = (None, "original", "match_rms_adamw", "spectral_unclamped")
 
 
 class Muon(torch.optim.Optimizer):
@@ -62,9 +62,10 @@ class Muon(torch.optim.Optimizer):
             own mesh. Plain tensors are, with a mesh, held to be replicas (DDP): each is orthogonalised once, and its
             update gathered.
         split_sizes: row counts of parameters that are several matrices in one (query, key and value, say), each
-            orthogonalised and scaled for itself: {parameter or its name: (rows, rows, …)}, or in a group one sequence
-            for all its parameters.
+            orthogonalised and scaled for itself: {parameter or its name: (rows, rows, …)}. In a group the same by name,
+            or one sequence for all its parameters.
         capturable: keep learning rates on the device, so that a step can be captured in a CUDA graph.
+        foreach, fused: None or True: there is one implementation, which is both.
         ns_algorithm, ns_dtype: `algorithm` and `dtype` of `newton_schulz`.
         momentum_dtype: of `momentum_buffer`; None is float32 (float64 for float64 parameters).
         wire_dtype: bfloat16 or float32, in which rows and updates travel between ranks.
@@ -89,6 +90,8 @@ class Muon(torch.optim.Optimizer):
         distributed_mesh: Any = None,
         split_sizes: Mapping[Any, Sequence[int]] | None = None,
         capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         ns_algorithm: str = "auto",
         ns_dtype: torch.dtype = torch.float16,
         momentum_dtype: torch.dtype | None = None,
@@ -119,6 +122,8 @@ class Muon(torch.optim.Optimizer):
             "betas": (0.9, 0.999),
             "split_sizes": None,
             "capturable": capturable,
+            "foreach": foreach,
+            "fused": fused,
         }
         super().__init__(params, defaults)
         self._check_split_names()
@@ -133,12 +138,14 @@ class Muon(torch.optim.Optimizer):
         """Add parameters; on every rank, like the constructor's."""
         if isinstance(param_group, dict) and not param_group.get("use_muon", True):
             param_group.setdefault("eps", 1e-8)
-        super().add_param_group(param_group)
+        with warnings.catch_warnings():  # torch warns of what is refused below
+            warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate parameters")
+            super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             check_group(group)
             for i, param in enumerate(group["params"]):
-                self._check_param(group, param, _label(group, i, len(self.param_groups) - 1))
+                self._check_param(group, param, label(group, i, len(self.param_groups) - 1))
         except BaseException:
             self.param_groups.pop()
             raise
@@ -165,7 +172,10 @@ class Muon(torch.optim.Optimizer):
         """Row counts of the matrices that a parameter consists of."""
         names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
         given = self._settings.split_sizes
-        sizes = given.get(param, given.get(names.get(id(param)), group["split_sizes"]))
+        of_group = group["split_sizes"]
+        if isinstance(of_group, Mapping):
+            of_group = of_group.get(names.get(id(param)))
+        sizes = given.get(param, given.get(names.get(id(param)), of_group))
         if sizes is None:
             return (param.shape[0],)
         if not all(isinstance(size, int) and size > 0 for size in sizes) or sum(sizes) != param.shape[0]:
@@ -199,7 +209,12 @@ class Muon(torch.optim.Optimizer):
         return self._settings.momentum_dtype or wide
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of this class or of torch.optim.Muon; settings that it lacks stay as they are."""
+        """Load the state of this class or of torch.optim.Muon; settings that it lacks stay as they are.
+
+        Raises:
+            ValueError: its groups, names, algorithms or shapes are not those of the parameters; nothing is loaded then.
+        """
+        check_state(self.param_groups, state_dict)
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for old, group in zip(before, self.param_groups, strict=True):
@@ -335,12 +350,12 @@ class Muon(torch.optim.Optimizer):
         found: dict[tuple[Layout, torch.dtype, torch.device], tuple[list[Member], list[Block]]] = {}
         for number, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"] if group["use_muon"] else ()):
-                label = _label(group, i, number)
-                layout, row = layout_of(param, self._settings.mesh, label), 0
+                name = label(group, i, number)
+                layout, row = layout_of(param, self._settings.mesh, name), 0
                 wire = torch.float32 if layout.ranks == 1 else self._settings.wire_dtype
                 wire = torch.float64 if param.dtype == torch.float64 else wire
                 members, blocks = found.setdefault((layout, wire, local(param).device), ([], []))
-                for rows in self._parts(group, param, label) if param.numel() else ():
+                for rows in self._parts(group, param, name) if param.numel() else ():
                     members.append(Member(param, number))
                     blocks.append(Block(param.shape[0], row, rows, param.shape[1], self._cost(group, rows, param)))
                     row += rows
@@ -373,36 +388,6 @@ class _Settings:
     ns_dtype: torch.dtype
     momentum_dtype: torch.dtype | None
     wire_dtype: torch.dtype
-
-
-# --- checks ------------------------------------------------------------------------------------------------------
-
-
-def check_group(group: Mapping[str, Any]) -> None:
-    """Refuse settings of a group that are out of range, each in one sentence."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be one number, got a tensor of shape {tuple(lr.shape)}")
-    for name in ("lr", "weight_decay", "eps"):
-        on_device = isinstance(group[name], Tensor) and group[name].device.type != "cpu"
-        if not on_device and not group[name] >= 0:  # a value on the device would have to be waited for
-            raise ValueError(f"{name} must not be negative, got {group[name]}")
-    if not 0 <= group["momentum"] <= 1:
-        raise ValueError(f"momentum must be in [0, 1], got {group['momentum']}")
-    if not all(0 <= beta < 1 for beta in group["betas"]) or len(group["betas"]) != 2:
-        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
-    if group["adjust_lr_fn"] not in ADJUST_LR:
-        raise ValueError(f"adjust_lr_fn must be one of {', '.join(map(str, ADJUST_LR))}, got {group['adjust_lr_fn']!r}")
-    for name in ("amsgrad", "maximize"):
-        if group.get(name):
-            raise ValueError(f"{name} is not supported, got {group[name]!r}")
-    polynomials(group["ns_coefficients"], group["ns_steps"])
-
-
-def _label(group: Mapping[str, Any], position: int, number: int) -> str:
-    """A parameter as an error names it."""
-    names = group.get("param_names")
-    return repr(names[position]) if names else f"parameter {position} of group {number}"
 
 
 def _place_lr(group: dict[str, Any]) -> None:

@@ -183,7 +183,7 @@ def _stack(
     """The matrices of one shape behind one another, in the layout they came in; normalised without scales."""
     rows, columns = matrices[members[0]].shape[-2:]
     parts = [matrices[i].reshape(-1, rows, columns) for i in members]
-    given = [scale for i in members if (scale := scales[i]) is not None]
+    given = [scale for scale in [scales[i] for i in members] if scale is not None]
     if given:
         X = _behind_one_another(parts)
         factors = given[0] if len(given) == 1 else torch.cat(given)
