@@ -7,14 +7,48 @@ order as a run that goes on with the wrong momentum.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..newton_schulz.polynomials import polynomials
+from ..newton_schulz.symmetric_product import DTYPES
 
 ADJUST_LR = (None, "original", "match_rms_adamw", "spectral_unclamped")
 STATE = {True: ("momentum_buffer",), False: ("exp_avg", "exp_avg_sq")}  # of Muon, of AdamW
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all groups and is no part of a checkpoint, checked.
+
+    Raises:
+        ValueError: one is none of what it may be.
+    """
+
+    mesh: Any
+    split_sizes: dict[Any, Sequence[int]]
+    ns_algorithm: str
+    ns_dtype: torch.dtype
+    ns_preconditioner: str | None
+    momentum_dtype: torch.dtype | None
+    wire_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.wire_dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(
+                f"wire_dtype must be bfloat16 or float32 (gradients underflow others), got {self.wire_dtype}"
+            )
+        if self.ns_algorithm not in ("auto", "gram", "standard"):
+            raise ValueError(f"ns_algorithm must be 'auto', 'gram' or 'standard', got {self.ns_algorithm!r}")
+        if self.momentum_dtype is not None and not self.momentum_dtype.is_floating_point:
+            raise ValueError(f"momentum_dtype must be floating, got {self.momentum_dtype}")
+        if self.ns_dtype not in DTYPES:
+            raise ValueError(f"ns_dtype must be float16, bfloat16, float32 or float64, got {self.ns_dtype}")
+        if self.ns_preconditioner not in (None, "aol"):
+            raise ValueError(f"ns_preconditioner must be None or 'aol', got {self.ns_preconditioner!r}")
 
 
 def label(group: Mapping[str, Any], position: int, number: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from ..newton_schulz.iteration import newton_schulz
 from ..newton_schulz.polynomials import COEFFICIENTS, Coefficients, newton_schulz_flop, polynomials, safe_restarts
-from ..newton_schulz.symmetric_product import DTYPES
 from . import adamw
 from .exchange import Exchange
-from .fitting import check_group, check_state, label
+from .fitting import Settings, check_group, check_state, label
 from .norms import Groups, clip_factor, groups_of, sums_of_squares, total_norm
 from .owners import Block, Layout, gradient, layout_of, local
 from .plan import Member, Plan, Step
@@ -66,7 +64,7 @@ class Muon(torch.optim.Optimizer):
             or one sequence for all its parameters.
         capturable: keep learning rates on the device, so that a step can be captured in a CUDA graph.
         foreach, fused: None or True: there is one implementation, which is both.
-        ns_algorithm, ns_dtype: `algorithm` and `dtype` of `newton_schulz`.
+        ns_algorithm, ns_dtype, ns_preconditioner: `algorithm`, `dtype` and `preconditioner` of `newton_schulz`.
         momentum_dtype: of `momentum_buffer`; None is float32 (float64 for float64 parameters).
         wire_dtype: bfloat16 or float32, in which rows and updates travel between ranks.
 
@@ -94,19 +92,18 @@ class Muon(torch.optim.Optimizer):
         fused: bool | None = None,
         ns_algorithm: str = "auto",
         ns_dtype: torch.dtype = torch.float16,
+        ns_preconditioner: str | None = None,
         momentum_dtype: torch.dtype | None = None,
         wire_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        if wire_dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"wire_dtype must be bfloat16 or float32 (gradients underflow others), got {wire_dtype}")
-        if ns_algorithm not in ("auto", "gram", "standard"):
-            raise ValueError(f"ns_algorithm must be 'auto', 'gram' or 'standard', got {ns_algorithm!r}")
-        if momentum_dtype is not None and not momentum_dtype.is_floating_point:
-            raise ValueError(f"momentum_dtype must be floating, got {momentum_dtype}")
-        if ns_dtype not in DTYPES:
-            raise ValueError(f"ns_dtype must be float16, bfloat16, float32 or float64, got {ns_dtype}")
-        self._settings = _Settings(
-            distributed_mesh, dict(split_sizes or {}), ns_algorithm, ns_dtype, momentum_dtype, wire_dtype
+        self._settings = Settings(
+            distributed_mesh,
+            dict(split_sizes or {}),
+            ns_algorithm,
+            ns_dtype,
+            ns_preconditioner,
+            momentum_dtype,
+            wire_dtype,
         )
         self._plans: list[Plan] | None = None
         defaults = {
@@ -326,6 +323,7 @@ class Muon(torch.optim.Optimizer):
             algorithm=self._settings.ns_algorithm,
             dtype=self._settings.ns_dtype,
             eps=group["eps"],
+            preconditioner=self._settings.ns_preconditioner,
             scales=scales,
         )
 
@@ -376,18 +374,6 @@ class Muon(torch.optim.Optimizer):
             "standard": newton_schulz_flop(rows, param.shape[1], steps, algorithm="standard"),
         }
         return costs.get(self._settings.ns_algorithm, min(costs.values()))
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What holds for all groups and is no part of a checkpoint."""
-
-    mesh: Any
-    split_sizes: dict[Any, Sequence[int]]
-    ns_algorithm: str
-    ns_dtype: torch.dtype
-    momentum_dtype: torch.dtype | None
-    wire_dtype: torch.dtype
 
 
 def _place_lr(group: dict[str, Any]) -> None:
