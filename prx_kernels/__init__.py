@@ -5,7 +5,7 @@ Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definitio
 
 from . import reference as reference
 from .blocks import qk_norm_rope
-from .muon import Muon, assign_owners
+from .muon import Muon, assign_owners, muon_groups
 from .newton_schulz import newton_schulz, newton_schulz_flop, safe_restarts, sym_gemm, zeropower_via_newtonschulz5
 from .noise import philox_normal, philox_uniform
 from .patch_embed import BottleneckPatchEmbed, patch_embed
@@ -36,6 +36,7 @@ __all__ = [
     "exit_route_gated",
     "gather_tokens",
     "kept_tokens",
+    "muon_groups",
     "newton_schulz",
     "newton_schulz_flop",
     "patch_embed",

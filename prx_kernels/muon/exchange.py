@@ -20,7 +20,10 @@ from torch import Tensor
 from .owners import Block, Layout, assign_owners, shard_rows
 from .passes import scaled_copy
 
-MIN_BUCKETS = 3  # with more than one rank: one bucket travels there, one is worked on, one travels back
+# With more than one rank: one bucket travels there, one is worked on, one travels back. An owner of few matrices does
+# better with one: three have no more rounds of tiles in one batch than alone, and a third of the launches.
+MIN_BUCKETS = 3
+FEW = 6  # matrices of the fullest owner
 MAX_ELEMENTS = 1 << 29  # of a bucket on its owner: bounds the memory of a step, about 6 bytes an element
 
 
@@ -77,7 +80,7 @@ class Exchange:
             owned[owner].append(block)
         most = max(len(own) for own in owned)
         elements = max(sum(self.blocks[b].rows * self.blocks[b].columns for b in own) for own in owned)
-        count = max(-(-elements // MAX_ELEMENTS), 1 if self.alone else MIN_BUCKETS)
+        count = max(-(-elements // MAX_ELEMENTS), 1 if self.alone or most <= FEW else MIN_BUCKETS)
         buckets: list[list[int]] = [[] for _ in range(min(count, most))]
         for own in owned:
             for block, bucket in zip(own, assign_owners([self.blocks[b].cost for b in own], len(buckets)), strict=True):

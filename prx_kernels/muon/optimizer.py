@@ -6,8 +6,8 @@ runs on one rank, its owner; everything else stays where the parameter's rows ar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +15,12 @@ from torch import Tensor
 
 from ..newton_schulz.iteration import newton_schulz
 from ..newton_schulz.polynomials import COEFFICIENTS, Coefficients, newton_schulz_flop, polynomials, safe_restarts
-from ..newton_schulz.symmetric_product import DTYPES
 from . import adamw
 from .exchange import Exchange
+from .fitting import Settings, check_group, check_state, label
 from .norms import Groups, clip_factor, groups_of, sums_of_squares, total_norm
 from .owners import Block, Layout, gradient, layout_of, local
 from .plan import Member, Plan, Step
-
-ADJUST_LR = (None, "original", "match_rms_adamw", "spectral_unclamped")
 
 
 class Muon(torch.optim.Optimizer):
@@ -63,11 +61,14 @@ class Muon(torch.optim.Optimizer):
             own mesh. Plain tensors are, with a mesh, held to be replicas (DDP): each is orthogonalised once, and its
             update gathered.
         split_sizes: row counts of parameters that are several matrices in one (query, key and value, say), each
-            orthogonalised and scaled for itself: {parameter or its name: (rows, rows, …)}, or in a group one sequence
-            for all its parameters.
+            orthogonalised and scaled for itself: {parameter or its name: (rows, rows, …)}. In a group the same by name,
+            or one sequence for all its parameters.
         capturable: keep learning rates on the device, so that a step can be captured in a CUDA graph.
+        foreach: None or True: there is one implementation, which is both this and `fused`.
+        fused: as `foreach`.
         ns_algorithm: `algorithm` of `newton_schulz`.
         ns_dtype: `dtype` of `newton_schulz`.
+        ns_preconditioner: `preconditioner` of `newton_schulz`.
         momentum_dtype: of `momentum_buffer`; None is float32 (float64 for float64 parameters).
         wire_dtype: bfloat16 or float32, in which rows and updates travel between ranks.
 
@@ -91,21 +92,22 @@ class Muon(torch.optim.Optimizer):
         distributed_mesh: Any = None,
         split_sizes: Mapping[Any, Sequence[int]] | None = None,
         capturable: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         ns_algorithm: str = "auto",
         ns_dtype: torch.dtype = torch.float16,
+        ns_preconditioner: str | None = None,
         momentum_dtype: torch.dtype | None = None,
         wire_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        if wire_dtype not in (torch.bfloat16, torch.float32):
-            raise ValueError(f"wire_dtype must be bfloat16 or float32 (gradients underflow others), got {wire_dtype}")
-        if ns_algorithm not in ("auto", "gram", "standard"):
-            raise ValueError(f"ns_algorithm must be 'auto', 'gram' or 'standard', got {ns_algorithm!r}")
-        if momentum_dtype is not None and not momentum_dtype.is_floating_point:
-            raise ValueError(f"momentum_dtype must be floating, got {momentum_dtype}")
-        if ns_dtype not in DTYPES:
-            raise ValueError(f"ns_dtype must be float16, bfloat16, float32 or float64, got {ns_dtype}")
-        self._settings = _Settings(
-            distributed_mesh, dict(split_sizes or {}), ns_algorithm, ns_dtype, momentum_dtype, wire_dtype
+        self._settings = Settings(
+            distributed_mesh,
+            dict(split_sizes or {}),
+            ns_algorithm,
+            ns_dtype,
+            ns_preconditioner,
+            momentum_dtype,
+            wire_dtype,
         )
         self._plans: list[Plan] | None = None
         defaults = {
@@ -121,6 +123,8 @@ class Muon(torch.optim.Optimizer):
             "betas": (0.9, 0.999),
             "split_sizes": None,
             "capturable": capturable,
+            "foreach": foreach,
+            "fused": fused,
         }
         super().__init__(params, defaults)
         self._check_split_names()
@@ -135,12 +139,14 @@ class Muon(torch.optim.Optimizer):
         """Add parameters; on every rank, like the constructor's."""
         if isinstance(param_group, dict) and not param_group.get("use_muon", True):
             param_group.setdefault("eps", 1e-8)
-        super().add_param_group(param_group)
+        with warnings.catch_warnings():  # torch warns of what is refused below
+            warnings.filterwarnings("ignore", message="optimizer contains a parameter group with duplicate parameters")
+            super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             check_group(group)
             for i, param in enumerate(group["params"]):
-                self._check_param(group, param, _label(group, i, len(self.param_groups) - 1))
+                self._check_param(group, param, label(group, i, len(self.param_groups) - 1))
         except BaseException:
             self.param_groups.pop()
             raise
@@ -167,7 +173,10 @@ class Muon(torch.optim.Optimizer):
         """Row counts of the matrices that a parameter consists of."""
         names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
         given = self._settings.split_sizes
-        sizes = given.get(param, given.get(names.get(id(param)), group["split_sizes"]))
+        of_group = group["split_sizes"]
+        if isinstance(of_group, Mapping):
+            of_group = of_group.get(names.get(id(param)))
+        sizes = given.get(param, given.get(names.get(id(param)), of_group))
         if sizes is None:
             return (param.shape[0],)
         if not all(isinstance(size, int) and size > 0 for size in sizes) or sum(sizes) != param.shape[0]:
@@ -201,7 +210,12 @@ class Muon(torch.optim.Optimizer):
         return self._settings.momentum_dtype or wide
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of this class or of torch.optim.Muon; settings that it lacks stay as they are."""
+        """Load the state of this class or of torch.optim.Muon; settings that it lacks stay as they are.
+
+        Raises:
+            ValueError: its groups, names, algorithms or shapes are not those of the parameters; nothing is loaded then.
+        """
+        check_state(self.param_groups, state_dict)
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for old, group in zip(before, self.param_groups, strict=True):
@@ -313,6 +327,7 @@ class Muon(torch.optim.Optimizer):
             algorithm=self._settings.ns_algorithm,
             dtype=self._settings.ns_dtype,
             eps=group["eps"],
+            preconditioner=self._settings.ns_preconditioner,
             scales=scales,
         )
 
@@ -337,12 +352,12 @@ class Muon(torch.optim.Optimizer):
         found: dict[tuple[Layout, torch.dtype, torch.device], tuple[list[Member], list[Block]]] = {}
         for number, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"] if group["use_muon"] else ()):
-                label = _label(group, i, number)
-                layout, row = layout_of(param, self._settings.mesh, label), 0
+                name = label(group, i, number)
+                layout, row = layout_of(param, self._settings.mesh, name), 0
                 wire = torch.float32 if layout.ranks == 1 else self._settings.wire_dtype
                 wire = torch.float64 if param.dtype == torch.float64 else wire
                 members, blocks = found.setdefault((layout, wire, local(param).device), ([], []))
-                for rows in self._parts(group, param, label) if param.numel() else ():
+                for rows in self._parts(group, param, name) if param.numel() else ():
                     members.append(Member(param, number))
                     blocks.append(Block(param.shape[0], row, rows, param.shape[1], self._cost(group, rows, param)))
                     row += rows
@@ -363,48 +378,6 @@ class Muon(torch.optim.Optimizer):
             "standard": newton_schulz_flop(rows, param.shape[1], steps, algorithm="standard"),
         }
         return costs.get(self._settings.ns_algorithm, min(costs.values()))
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What holds for all groups and is no part of a checkpoint."""
-
-    mesh: Any
-    split_sizes: dict[Any, Sequence[int]]
-    ns_algorithm: str
-    ns_dtype: torch.dtype
-    momentum_dtype: torch.dtype | None
-    wire_dtype: torch.dtype
-
-
-# --- checks ------------------------------------------------------------------------------------------------------
-
-
-def check_group(group: Mapping[str, Any]) -> None:
-    """Refuse settings of a group that are out of range, each in one sentence."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be one number, got a tensor of shape {tuple(lr.shape)}")
-    for name in ("lr", "weight_decay", "eps"):
-        on_device = isinstance(group[name], Tensor) and group[name].device.type != "cpu"
-        if not on_device and not group[name] >= 0:  # a value on the device would have to be waited for
-            raise ValueError(f"{name} must not be negative, got {group[name]}")
-    if not 0 <= group["momentum"] <= 1:
-        raise ValueError(f"momentum must be in [0, 1], got {group['momentum']}")
-    if not all(0 <= beta < 1 for beta in group["betas"]) or len(group["betas"]) != 2:
-        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
-    if group["adjust_lr_fn"] not in ADJUST_LR:
-        raise ValueError(f"adjust_lr_fn must be one of {', '.join(map(str, ADJUST_LR))}, got {group['adjust_lr_fn']!r}")
-    for name in ("amsgrad", "maximize"):
-        if group.get(name):
-            raise ValueError(f"{name} is not supported, got {group[name]!r}")
-    polynomials(group["ns_coefficients"], group["ns_steps"])
-
-
-def _label(group: Mapping[str, Any], position: int, number: int) -> str:
-    """A parameter as an error names it."""
-    names = group.get("param_names")
-    return repr(names[position]) if names else f"parameter {position} of group {number}"
 
 
 def _place_lr(group: dict[str, Any]) -> None:

@@ -117,7 +117,12 @@ def test_the_trainer_s_step_has_the_truth_s_gradients_and_updates(precision: str
         before = [average.clone() for average in step.averages]
         assert float(step()) > 0
         assert all(torch.equal(local(a), local(b)) for a, b in zip(before, step.averages, strict=True)), "not its turn"
-        step.learner.optimizers.step = lambda factor: step.learner.optimizers.optimizer.zero_grad()
+
+        def forgets(factor: float, clip: float) -> torch.Tensor:
+            step.learner.optimizers.optimizer.zero_grad()
+            return torch.ones(())
+
+        step.learner.optimizers.step = forgets
         step.count = step.recipe.ema.every
         with pytest.raises(AssertionError, match="update is off"):
             test_step.check(step)

@@ -141,6 +141,47 @@ def test_groups_can_be_added_later():
     assert optimizer.param_groups[2]["eps"] == 1e-8
 
 
+def one_group(*params, **settings) -> Muon:
+    return Muon([{"params": list(params), **settings}])
+
+
+def misfits():
+    """Name -> what it is loaded into, the state, and what is said."""
+    small, large = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4_000_000))
+    p, q = parameters([(4, 6), (4, 6)])
+    adam = torch.optim.AdamW(parameters([(4, 6), (4, 6)]))
+    run(adam, adam.param_groups[0]["params"], 1)
+    return {
+        "smaller": (
+            one_group(large, use_muon=False), one_group(small, use_muon=False).state_dict(),
+            "parameter 0 of group 0 has shape (4000000,), and exp_avg in the state has (3,)",
+        ),
+        "another matrix": (
+            Muon([("w", p)]), Muon([("w", parameters([(6, 4)])[0])]).state_dict(),
+            "'w' has shape (4, 6), and momentum_buffer in the state has (6, 4)",
+        ),
+        "another order": (
+            Muon([("p", p), ("q", q)]), Muon([("q", q), ("p", p)]).state_dict(),
+            "the state has 'q' where parameter 0 of group 0 is 'p'",
+        ),
+        "AdamW's": (Muon([("p", p), ("q", q)]), adam.state_dict(), "'p' has a state of AdamW (exp_avg, exp_avg_sq)"),
+        "of another algorithm": (
+            one_group(p), one_group(q, use_muon=False).state_dict(), "group 0 runs Muon, and the state was saved",
+        ),
+        "fewer": (one_group(p, q), one_group(p).state_dict(), "group 0 of the state has 1 parameters, and here it has"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", misfits())
+def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(name):
+    optimizer, state, message = misfits()[name]
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optimizer.load_state_dict(state)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +237,10 @@ ERRORS = {
     "lr must be one number, got a tensor of shape (2,)": lambda: Muon(parameters(), lr=torch.ones(2)),
     "momentum must be in [0, 1], got 1.5": lambda: Muon(parameters(), momentum=1.5),
     "weight_decay must not be negative, got nan": lambda: Muon(parameters(), weight_decay=float("nan")),
+    "a group must hold each parameter once, and parameter 0 is parameter 2 as well": lambda: Muon(
+        [*(some := parameters([(4, 4), (4, 4)])), some[0]]
+    ),
+    "fused must be True or left out, got False": lambda: Muon(parameters(), fused=False),
     "adjust_lr_fn must be one of None, original": lambda: Muon(parameters(), adjust_lr_fn="rms"),
     "ns_algorithm must be 'auto', 'gram' or 'standard', got 'svd'": lambda: Muon(parameters(), ns_algorithm="svd"),
     "wire_dtype must be bfloat16 or float32": lambda: Muon(parameters(), wire_dtype=torch.float16),

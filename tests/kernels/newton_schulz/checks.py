@@ -46,6 +46,11 @@ def check_product(shape: tuple[int, int, int], dtype: torch.dtype, device: str) 
         out = torch.empty_like(tensors[2])
         kernels.sym_gemm(tensors[0], tensors[1], c, *scales, out)
         check_close(out, tensors, scales)
+    factors = torch.tensor([0.5, 2.0, 3.0][: shape[0]], device=device)
+    kernels.sym_gemm(*tensors, *SCALES[2], out, factors)
+    for i, factor in enumerate(factors.tolist()):
+        one = tuple(x[i : i + 1] for x in tensors)
+        check_close(out[i : i + 1], one, (SCALES[2][0] * factor**2, *SCALES[2][1:]))
     for a, b, c in layouts(*tensors):
         wide = torch.full((shape[0], shape[1], shape[1] + 3), 7.0, dtype=dtype, device=device)
         out = wide[:, :, : shape[1]]
@@ -83,8 +88,9 @@ def check_config(shape: tuple[int, int, int], dtype: torch.dtype, device: str, c
         stored = [x.mT.contiguous() if transposed else x for x in (a, b)]
         for addend, scales in ((c, SCALES[2]), (None, SCALES[0])):
             out = torch.empty_like(c)
-            launch(*stored, addend, out, *scales, transposed, config)
-            check_close(out, (a, b, c), scales)
+            factor = None if addend is not None else torch.full((shape[0],), 2.0, device=device)
+            launch(*stored, addend, out, *scales, transposed, config, factor)
+            check_close(out, (a, b, c), (scales[0] if factor is None else 4.0 * scales[0], *scales[1:]))
 
 
 def check_addresses_beyond_32_bits(device: str) -> None:
