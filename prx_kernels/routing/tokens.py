@@ -75,8 +75,8 @@ def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
         NotImplementedError: a forward-mode derivative is asked for.
     """
     check_keep(x, keep)
-    if x.is_complex():
-        return torch.view_as_complex(_gather(torch.view_as_real(x), keep))
+    if x.is_complex():  # a conjugate view has no real view of its own
+        return torch.view_as_complex(_gather(torch.view_as_real(x.resolve_conj()), keep))
     y: Tensor = _gather(x, keep)
     return y
 
