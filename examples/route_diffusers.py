@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-from prx_kernels import Route, route_blocks  # noqa: E402
+from prx_kernels import Entries, Route, route_blocks  # noqa: E402
 
 # The lines. Block 0 and the last stay dense, half of the image tokens bypass the others.
 
@@ -36,7 +36,7 @@ def route_sd3(model: nn.Module) -> Route:
 
 def route_flux(model: nn.Module) -> Route:
     # One rotary table for the whole batch, the text's entries first: one set of tokens for the batch.
-    tables = {"image_rotary_emb": 0}
+    tables = {"image_rotary_emb": Entries(0, prefix="rest")}
     return route_blocks(
         model.transformer_blocks, 1, len(model.transformer_blocks) - 2, 0.5, per_token=tables, out=1, shared=True
     )

@@ -11,6 +11,7 @@ from .noise import philox_normal, philox_uniform
 from .patch_embed import BottleneckPatchEmbed, patch_embed
 from .pixel_loss import patchify, unpatchify, x_prediction_loss
 from .routing import (
+    Entries,
     Route,
     enter_route,
     enter_route_modulate,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BottleneckPatchEmbed",
+    "Entries",
     "Muon",
     "Route",
     "assign_owners",

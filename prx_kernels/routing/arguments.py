@@ -1,18 +1,13 @@
-"""Where a routed block takes its arguments, and the entries of the kept tokens in those that have one a token."""
+"""Where a routed block takes what it is given: an argument of its forward, or a tensor that it keeps itself."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .tokens import gather_tokens
-
-Entries = int | tuple[int, ...] | Mapping[int, int | tuple[int, ...]]
-"""Where in a per-token argument the entries of the tokens are, see `route_blocks`."""
+from .entries import Span, Where, at, attributes_of, take, with_value
 
 
 class Argument:
@@ -31,7 +26,20 @@ class Argument:
 
     @classmethod
     def find(cls, block: nn.Module, which: int | str) -> Argument:
-        parameters = list(inspect.signature(block.forward).parameters.values())
+        """The argument of this name or position.
+
+        Raises:
+            ValueError: the block has none.
+        """
+        found = cls.look_for(block, which)
+        if found is None:
+            names = [p.name for p in _parameters(block) if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            raise ValueError(f"{type(block).__name__} has no argument {which!r}; its arguments are {', '.join(names)}")
+        return found
+
+    @classmethod
+    def look_for(cls, block: nn.Module, which: int | str) -> Argument | None:
+        parameters = _parameters(block)
         kinds = {p.kind for p in parameters}
         by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         names = by_position + [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
@@ -43,7 +51,7 @@ class Argument:
             return cls(str(which), by_position.index(str(which)))
         if isinstance(which, str) and (which in names or inspect.Parameter.VAR_KEYWORD in kinds):
             return cls(which, None)
-        raise ValueError(f"{type(block).__name__} has no argument {which!r}; its arguments are {', '.join(names)}")
+        return None
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.name is not None and self.name in kwargs:
@@ -59,69 +67,63 @@ class Argument:
         return (*args[: self.position], value, *args[self.position + 1 :]), kwargs
 
 
-class RoutedTable:
-    """A module with other buffers: what it computes with the entries of the kept tokens only."""
+class Table:
+    """One entry of `per_token`: an argument, or by its path a tensor (a module with tensors) that the block keeps."""
 
-    def __init__(self, module: nn.Module, buffers: dict[str, Tensor]) -> None:
-        self.module, self.buffers = module, buffers
+    def __init__(self, argument: Argument | None, path: str, where: Where) -> None:
+        self.argument, self.path, self.where = argument, path, where
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self.module, self.buffers, args, kwargs)
+    @classmethod
+    def find(cls, block: nn.Module, which: int | str, where: Where) -> Table:
+        first, _, rest = str(which).partition(".")
+        if isinstance(which, str) and first in attributes_of(block):
+            found = Argument.look_for(block, which) if not rest else None
+            if found is None or found.name not in {p.name for p in _parameters(block)}:
+                return cls(None, which, where)
+        return cls(Argument.find(block, which), "", where)
 
-
-def positions(keep: Tensor, ahead: int) -> Tensor:
-    """`keep` behind `ahead` tokens that are never routed."""
-    if ahead == 0:
-        return keep
-    first = torch.arange(ahead, dtype=keep.dtype, device=keep.device).expand(keep.shape[0], ahead)
-    return torch.cat((first, keep + ahead), dim=1)
-
-
-def take(table: Any, dim: Entries, keep: Tensor, count: int, shared: bool, argument: Argument) -> Any:
-    """The entries of the kept tokens in a per-token argument, which may be a tuple of tables."""
-    if isinstance(dim, Mapping):
-        if not isinstance(table, (tuple, list)) or not all(-len(table) <= i < len(table) for i in dim):
-            raise TypeError(f"{argument} must be a tuple with values {list(dim)}, got {describe(table)}")
-        some = {i % len(table): entries for i, entries in dim.items()}
-        chosen = (
-            take(value, some[i], keep, count, shared, argument) if i in some else value for i, value in enumerate(table)
-        )
-        return tuple_like(table, chosen)
-    if isinstance(table, (tuple, list)):
-        return tuple_like(table, (take(entry, dim, keep, count, shared, argument) for entry in table))
-    if isinstance(table, dict):
-        return {name: take(entry, dim, keep, count, shared, argument) for name, entry in table.items()}
-    if isinstance(dim, tuple):
-        for one in dim:
-            table = take(table, one, keep, count, shared, argument)
-        return table
-    if isinstance(table, nn.Module):  # a callable rotary embedding (EVA, JiT, LightningDiT) keeps tables as buffers
-        taken = {n: take(b, dim, keep, count, shared, argument) for n, b in table.named_buffers() if b.ndim}
-        return RoutedTable(table, taken)
-    if not isinstance(table, Tensor):
-        raise TypeError(f"{argument} must be a tensor, a tuple or dict of them or a module with buffers, to be routed")
-    ahead = table.shape[dim] - count
-    if ahead < 0:
-        raise ValueError(f"{argument} has {table.shape[dim]} entries in dimension {dim} for {count} tokens")
-    rows = positions(keep, ahead)
-    if shared:
-        return table.index_select(dim, rows[0])
-    batch = keep.shape[0]
-    if dim % table.ndim == 0 or table.shape[0] not in (1, batch):
-        raise ValueError(
-            f"{argument} of shape {tuple(table.shape)} is one table for the whole batch of {batch}: "
-            "pass shared=True to keep the same tokens in every sample"
-        )
-    whole = table.expand(batch, *table.shape[1:]).movedim(dim, 1)
-    return gather_tokens(whole, rows).movedim(1, dim)
+    def routed(
+        self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Any, span: Span, shared: bool
+    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        """Block and arguments with the entries of the kept tokens only."""
+        if self.argument is None:
+            name = f"tensor {self.path!r} of {type(block).__name__}"
+            routed = take(owned(block, self.path), self.where, keep, span, shared, name)
+            return with_value(block, self.path, routed), args, kwargs
+        value = self.argument.read(args, kwargs)
+        if value is not None:
+            routed = take(value, self.where, keep, span, shared, str(self.argument))
+            args, kwargs = self.argument.write(args, kwargs, routed)
+        return block, args, kwargs
 
 
-def tuple_like(like: Any, values: Iterable[Any]) -> Any:
-    """A tuple, list or named tuple of other values."""
-    return type(like)._make(values) if hasattr(like, "_make") else type(like)(values)
+def owned(block: Any, path: str) -> Any:
+    """What a block keeps at a path such as "attn.rope" or "tables.0"."""
+    for name in path.split("."):
+        block = at(block, name)
+    return block
 
 
-def describe(result: Any) -> str:
-    if isinstance(result, Tensor):
-        return f"a tensor of shape {tuple(result.shape)}"
-    return f"{len(result)} values" if isinstance(result, (tuple, list)) else f"a {type(result).__name__}"
+def own_forward(block: nn.Module) -> Any:
+    """The forward that a block has without its route, unbound."""
+    return getattr(type(block), "_own_forward", None) or type(block).forward
+
+
+def bound(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names; those in *args and **kwargs by position and name."""
+    found: dict[str, Any] = {}
+    signature = inspect.Signature(_parameters(block))
+    for name, value in signature.bind_partial(*args, **kwargs).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            found.update({str(len(found) + i): entry for i, entry in enumerate(value)})
+        else:
+            found[name] = value
+    return found
+
+
+def _parameters(block: nn.Module) -> list[inspect.Parameter]:
+    """Of the block's own forward, without self. A compiled block's class may have no forward but its module's."""
+    return list(inspect.signature(own_forward(block)).parameters.values())[1:]

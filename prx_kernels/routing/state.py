@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,59 +19,121 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..launch import NAMESPACE
-from .tokens import MAX_TOKENS, draw
+from .choice import choose, mix, signed
+from .tokens import MAX_TOKENS
 
 _handles = itertools.count()
 _states: WeakValueDictionary[int, RouteState] = WeakValueDictionary()
 
 
-class RouteState:
-    """The mutable part of a `Route`: its seed, and what the last forward kept."""
+class Now:
+    """What a routed forward hands from its first block to its last.
+
+    Attributes:
+        keep, byp: kept tokens, and what stands for the whole stream.
+        phase: whether this forward is routed, as `probability` has it.
+        outside: whether a call is watched from outside of every compiled graph, see `around.py`.
+        reentrant: whether the first block ran in a reentrant checkpoint, which records no gradients.
+        forward: what checkpointing needs to know.
+    """
 
     def __init__(self) -> None:
-        self.handle = next(_handles)  # ops take integers: they find the state by it
-        _states[self.handle] = self
         self.keep: Tensor | None = None
         self.byp: Tensor | None = None
-        self._seed: int | Tensor = _mix(torch.initial_seed() + self.handle)
-        self._forward: _Forward | None = None
+        self.phase = True
+        self.outside = False
+        self.reentrant = False
+        self.forward: Repeatable | None = None
+
+
+class _Here(threading.local):
+    """A thread's own `Now`. CUDA's backward threads, which first come here in a backward, repeat the latest one."""
+
+    def __init__(self) -> None:
+        self.now = Now()
+        self.repeats = torch._C._current_graph_task_id() != -1
+
+
+class RouteState:
+    """The mutable part of a `Route`: its seed, and what the last forward of each thread kept."""
+
+    score: Callable[[Tensor], Tensor] | None
+
+    def __init__(self) -> None:
+        self.order_only = False  # `verify`: keep all tokens, in random order
+        self.score = None
+        self._seed: int | Tensor = 0
+        self._phases = 0
+        self._blank()
+        self.manual_seed(torch.initial_seed() + self.handle)
+
+    def _blank(self) -> None:
+        self.handle = next(_handles)  # ops take integers: they find the state by it
+        _states[self.handle] = self
+        self._here, self._latest, self._lock = _Here(), Now(), threading.Lock()
+        self._threads: set[int] = set()  # that ran forwards which a backward may repeat
 
     def manual_seed(self, seed: int) -> None:
         """Restart the sequence of kept sets. Ranks of one run draw different sets from one seed."""
-        self._seed = _mix(seed)
+        self._seed, self._phases = mix(seed), mix(seed)
 
-    def draw(self, batch: int, tokens: int, kept: int, device: torch.device) -> Tensor:
+    @property
+    def now(self) -> Now:
+        return self._latest if self._here.repeats else self._here.now
+
+    def hold(self, keep: Tensor, byp: Tensor) -> None:
+        """Hand on to the blocks behind, of this thread, and to the backward threads that repeat its forward."""
+        for now in (self._here.now, self._latest):
+            now.keep, now.byp = keep, byp
+
+    def forget(self) -> None:
+        """Let go of a forward that failed: its graph must not stay alive."""
+        for now in (self._here.now, self._latest):
+            now.byp = now.forward = None
+
+    def phase(self, routed: bool) -> None:
+        for now in (self._here.now, self._latest):
+            now.phase = routed
+
+    def next_phase(self, probability: float) -> bool:
+        """Whether the next forward is routed. Ranks of one run agree: one dense rank would keep the others waiting."""
+        with self._lock:
+            self._phases = mix(self._phases)
+            return self._phases < probability * 2**64
+
+    def draw(self, x: Tensor, force: Tensor | None, tokens: int, kept: int, first: int, shared: bool) -> Tensor:
         """(batch, kept) int32, a fresh set every call; the seed counts on the device, so that CUDA graphs replay it."""
-        if tokens > MAX_TOKENS:
+        if tokens > MAX_TOKENS and self.score is None:
             raise ValueError(f"a route draws from at most {MAX_TOKENS} tokens, got {tokens}: set route.fixed")
-        if not isinstance(self._seed, Tensor) or self._seed.device != device:
-            value = _signed(int(self._seed) + _rank_offset())
-            with torch.inference_mode(False):  # a tensor from within could not count outside
-                self._seed = torch.tensor(value, dtype=torch.int64, device=device)
-        keep = draw(torch.arange(batch, device=device), self._seed, tokens, kept)
-        self._seed.add_(1)
+        with self._lock:
+            if not isinstance(self._seed, Tensor) or self._seed.device != x.device:
+                value = signed(int(self._seed) + _rank_offset())
+                with torch.inference_mode(False):  # a tensor from within could not count outside
+                    self._seed = torch.tensor(value, dtype=torch.int64, device=x.device)
+            score = None if self.score is None or self.order_only else self.score(x[:, first : first + tokens])
+            keep = choose(
+                x, self._seed, tokens, kept, force=force, score=score, shared=shared, ordered=not self.order_only
+            )
+            self._seed.add_(1)
         return keep
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "handle": None, "keep": None, "byp": None, "_forward": None}
+        own = ("handle", "_here", "_latest", "_lock", "_threads")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.handle = next(_handles)
-        _states[self.handle] = self
+        self._blank()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RouteState:
         twin = copy.copy(self)
         memo[id(self)] = twin
-        twin.handle = next(_handles)
-        _states[twin.handle] = twin
         twin._seed = self._seed.clone() if isinstance(self._seed, Tensor) else self._seed
-        twin.byp = twin._forward = None
         return twin
 
 
-class _Forward:
-    """The last forward: its tokens, and the inputs of its blocks by storage, held weakly."""
+class Repeatable:
+    """A forward: its tokens, and the inputs of its blocks by storage, held weakly."""
 
     def __init__(self, keep: Tensor) -> None:
         self.keep = keep
@@ -77,6 +141,7 @@ class _Forward:
         self.repeated: set[int] = set()
         # The storage that the first block was given in two forwards, the earlier of which may still be repeated.
         self.ambiguous: int | None = None
+        self.bypass_gradient: Tensor | None = None  # from the last block to the first of a reentrant checkpoint
 
     def note(self, x: Tensor, grad: bool) -> None:
         storage = x.untyped_storage()
@@ -88,6 +153,10 @@ class _Forward:
         alive = storage in self.inputs and not self.inputs[storage][0].expired()  # type: ignore[no-untyped-call]
         return alive and storage != self.ambiguous
 
+    def note_gradient(self, grad: Tensor) -> None:
+        """The gradient of the bypassed tokens, for the first block of a reentrant checkpoint."""
+        self.bypass_gradient = grad
+
     def recorded_gradients(self, x: Tensor) -> bool:
         return self.inputs.get(x.untyped_storage()._cdata, (None, True))[1]
 
@@ -95,61 +164,111 @@ class _Forward:
 # No argument of the op differs between two blocks in the middle of a route: one compiled graph serves them all.
 @torch.library.custom_op(f"{NAMESPACE}::route_tokens", mutates_args=())
 def route_tokens(
-    x: Tensor, keep: Tensor | None, handle: int, tokens: int, kept: int, shared: bool, grad: bool
+    x: Tensor,
+    keep: Tensor | None,
+    force: Tensor | None,
+    handle: int,
+    tokens: int,
+    kept: int,
+    first: int,
+    shared: bool,
+    grad: bool,
+    needed: bool,
 ) -> Tensor:
     """The kept tokens of the forward that a block with input x belongs to, (batch, kept) int32.
 
     Args:
         x: the block's input, without history.
         keep: the set as far as it is known: fixed by the user, or, behind the first block, that of the last forward.
+        force: (batch, N) bool, tokens that must be kept.
         handle: of the `RouteState`.
-        tokens: N without prefix, at the first block; 0 behind it.
+        tokens: N without prefix and suffix, at the first block; 0 behind it.
         kept: K.
+        first: the prefix.
         shared: draw one set for the batch.
         grad: whether gradients are recorded.
+        needed: whether the block's input has one: without records, the mark of a reentrant checkpoint.
     """
     state = _states[handle]
     if torch._C._current_graph_task_id() != -1:  # inside a backward: a repetition
         return _repeat(state, x, grad).clone()
     if tokens:
-        keep = _begin(state, keep, x, tokens, kept, shared)
+        keep = _begin(state, keep, force, x, tokens, kept, first, shared, grad or needed)
     assert keep is not None
-    if state._forward is not None:
-        state._forward.note(x, grad)
+    now = state._here.now
+    if now.forward is not None:
+        now.forward.note(x, grad)
     return keep.clone()
 
 
 @route_tokens.register_fake
-def _(x: Tensor, keep: Tensor | None, handle: int, tokens: int, kept: int, shared: bool, grad: bool) -> Tensor:
+def _(
+    x: Tensor,
+    keep: Tensor | None,
+    force: Tensor | None,
+    handle: int,
+    tokens: int,
+    kept: int,
+    first: int,
+    shared: bool,
+    grad: bool,
+    needed: bool,
+) -> Tensor:
     return x.new_empty((x.shape[0], kept), dtype=torch.int32)
 
 
-def _begin(state: RouteState, fixed: Tensor | None, x: Tensor, tokens: int, kept: int, shared: bool) -> Tensor:
+def _begin(
+    state: RouteState,
+    fixed: Tensor | None,
+    force: Tensor | None,
+    x: Tensor,
+    tokens: int,
+    kept: int,
+    first: int,
+    shared: bool,
+    repeatable: bool,
+) -> Tensor:
     if fixed is not None:
         if fixed.ndim != 2 or fixed.shape[0] != x.shape[0] or not 0 < kept <= tokens:
             raise ValueError(
                 f"route.fixed must be (batch, K) for a batch of {x.shape[0]} and {tokens} tokens, "
                 f"got {tuple(fixed.shape)}"
             )
-        keep = fixed.to(device=x.device, dtype=torch.int32)
+        if force is not None:
+            raise ValueError("route.fixed names the kept tokens one by one: set route.force_keep to None beside it")
+        # A number that 32 bits do not hold stays outside of the tokens, where it is noticed.
+        keep = fixed.to(x.device).clamp(-1, 2**31 - 1).to(torch.int32)
     else:
-        keep = state.draw(1 if shared else x.shape[0], tokens, kept, x.device).expand(x.shape[0], kept)
-    last, state._forward = state._forward, _Forward(keep)
+        keep = state.draw(x, force, tokens, kept, first, shared)
+    here = state._here.now
+    last, forward = here.forward, Repeatable(keep)
+    here.forward = state._latest.forward = forward
+    if repeatable:
+        state._threads.add(threading.get_ident())
     storage = x.untyped_storage()._cdata
-    if last is not None and last.knows(x) and last.recorded_gradients(x) and storage not in last.repeated:
-        state._forward.ambiguous = storage
+    if last is not None and last.knows(x) and repeatable and storage not in last.repeated:
+        forward.ambiguous = storage
     return keep
 
 
 def _repeat(state: RouteState, x: Tensor, grad: bool) -> Tensor:
-    forward = state._forward
+    now = state.now
+    forward = now.forward
     # Checkpointing repeats a whole region while one node waits for its tensors: behind an identified block in that
     # region, the others are of the same forward though their inputs are new.
     node: Any = torch._C._current_autograd_node()
     key = f"{NAMESPACE}::route {state.handle}"
     seen = node.metadata.get(key) if node is not None else None
-    if forward is not None and grad and not forward.recorded_gradients(x):
-        raise RuntimeError("routed blocks need activation checkpointing with use_reentrant=False")
+    if forward is not None and grad and not forward.recorded_gradients(x) and not state._here.now.outside:
+        raise RuntimeError(
+            "a reentrant checkpoint repeats a routed block inside a compiled graph: pass use_reentrant=False where the "
+            "model calls torch.utils.checkpoint.checkpoint, or compile with block.compile() in place"
+        )
+    if now is state._latest and len(state._threads) > 1:
+        raise RuntimeError(
+            "a routed block is recomputed in one of CUDA's backward threads and was trained by several threads: its "
+            "tokens cannot be known, give each thread a copy of the model (copy.deepcopy)"
+        )
     if forward is None or not (forward.knows(x) or seen is forward):
         raise RuntimeError(
             "a routed block is recomputed in a backward and its tokens cannot be known: either another routed forward "
@@ -165,15 +284,3 @@ def _repeat(state: RouteState, x: Tensor, grad: bool) -> Tensor:
 def _rank_offset() -> int:
     initialised = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() << 40 if initialised else 0  # 2^40 forwards lie between two ranks
-
-
-def _mix(seed: int) -> int:
-    """splitmix64 (Steele et al., OOPSLA 2014): seeds 0, 1, 2 … give sequences that do not overlap in practice."""
-    z = (seed + 0x9E3779B97F4A7C15) % 2**64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-    return z ^ (z >> 31)
-
-
-def _signed(seed: int) -> int:
-    return (seed + 2**63) % 2**64 - 2**63

@@ -75,7 +75,8 @@ def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
         NotImplementedError: a forward-mode derivative is asked for.
     """
     check_keep(x, keep)
-    y: Tensor = _gather(x, keep)
+    # A lazy conjugate or negative shares the memory of what it is not.
+    y: Tensor = _gather(x.resolve_conj().resolve_neg(), keep)
     return y
 
 

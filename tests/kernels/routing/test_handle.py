@@ -73,12 +73,12 @@ def test_a_deep_copy_routes_by_itself():
     model(x, c).sum().backward()
     model.zero_grad()
     twin = copy.deepcopy(model)
-    assert twin.blocks[1]._route is twin.blocks[2]._route is not route
+    assert twin.blocks[1]._routes[0].route is twin.blocks[2]._routes[0].route is not route
     kept = route.keep
     out = twin(x, c)
     assert route.keep is kept
-    torch.testing.assert_close(out, expected(twin, x, c, twin.blocks[1]._route.keep))
-    twin.blocks[1]._route.in_eval = True
+    torch.testing.assert_close(out, expected(twin, x, c, twin.blocks[1]._routes[0].route.keep))
+    twin.blocks[1]._routes[0].route.in_eval = True
     assert not route.in_eval
 
 
@@ -110,8 +110,8 @@ def test_a_routed_model_is_pickled_with_its_route():
     model(x, c)
     again = pickle.loads(pickle.dumps(model))
     assert type(again.blocks[1]).__name__ == "Block"
-    twin = again.blocks[1]._route
-    assert twin is again.blocks[2]._route
+    twin = again.blocks[1]._routes[0].route
+    assert twin is again.blocks[2]._routes[0].route
     assert twin.handle != route.handle
     route.manual_seed(3)
     twin.manual_seed(3)

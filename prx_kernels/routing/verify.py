@@ -1,0 +1,283 @@
+"""The proof of a route: the dense model against all tokens routed in random order, and the cure where they differ."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import Table
+from .entries import Entries, Where
+from .handle import Route, Stop, pick
+from .suspects import Suspect, call, named, suspects
+
+TRIALS = 24  # at most, of calls that may be right
+# Of the largest value, for sums in another order. A route that is wrong by less than this is not found in half
+# precision; what was tried is off by 1e-2 and more.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+COARSE = 5e-2
+
+
+@dataclass
+class Observed:
+    """What one call of the model gave: its output, the stream in front of and behind the route, and gradients."""
+
+    out: Tensor
+    entrance: Tensor | None = None
+    stream: Tensor | None = None
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    without: str = ""  # why there are no gradients
+    found: list[Suspect] = field(default_factory=list)
+
+
+def verify(route: Route, run: Callable[[], Tensor]) -> str:
+    """As `Route.verify`."""
+    with _prepared(route):
+        dense = _observe(route, run, routed=False)
+        again = _observe(route, run, routed=False, gradients=False)
+        if _apart(dense, again) > _tolerance(dense):
+            raise RuntimeError(
+                "run() gives other values when it is called again with the same random numbers: a random number from "
+                "elsewhere, or a state that it changes?"
+            )
+        error: Exception | None = None
+        try:
+            routed = _observe(route, run, routed=True)
+        except Exception as failure:  # a size that does not fit: what was forgotten says its shape
+            error = failure
+        else:
+            if dense.stream is None and route.keep is None:
+                raise RuntimeError("run() did not call the routed blocks")
+            apart = _apart(dense, routed)
+            if apart <= _tolerance(dense):
+                return _sentence(route, dense, routed, apart)
+        raise ValueError(_diagnosis(route, run, dense, error, 0.0 if error else apart)) from error
+
+
+def _sentence(route: Route, dense: Observed, routed: Observed, apart: float) -> str:
+    gradients = f"outputs and {len(dense.gradients)} gradients" if dense.gradients else "outputs"
+    without = f" (no gradients: {dense.without})" if dense.without else ""
+    tokens = routed.stream.shape[1] if routed.stream is not None else "all"
+    return (
+        f"Blocks {route.start} to {route.end} give the dense model's {gradients} with {tokens} tokens in random order: "
+        f"at most {apart:.1e} of the largest value apart{without}."
+    )
+
+
+# --- the cure ----------------------------------------------------------------------------------------------------
+
+
+def _diagnosis(route: Route, run: Callable[[], Tensor], dense: Observed, error: Exception | None, apart: float) -> str:
+    if error is not None:
+        said = f"the route fails with all tokens in random order ({(str(error).splitlines() or [''])[0]})"
+    else:
+        said = f"the route changes the model: with all tokens in random order it is off by {apart:.1e} of its values"
+    for tables, shared in itertools.islice(_cures(dense.found), TRIALS):
+        with _named(route, tables, shared):
+            try:
+                trial = _observe(route, run, routed=True, gradients=False)
+            except Exception:
+                continue
+        if _apart(replace(dense, gradients={}), trial) <= _tolerance(dense):
+            kinds = [f"{s.name!r}" for s in dense.found if s.name in tables]
+            whole = _call(tables, shared or route.shared)
+            return f"{said}. Entries of tokens are in {', '.join(dict.fromkeys(kinds))}. Write (tried): {whole}"
+    if dense.found:
+        return (
+            f"{said}. These have an entry for each token, but naming them is not all that is missing: "
+            f"{'; '.join(map(str, dense.found))}. Try {call(dense.found)}"
+        )
+    return (
+        f"{said}, and no argument or tensor of the blocks has an entry for each token. The blocks make positions from "
+        "the number of tokens, or mix neighbours: give them their positions as an argument, which per_token can name"
+    )
+
+
+def _call(tables: dict[str, Where], shared: bool) -> str:
+    shown = ", ".join(f'"{name}": {_repr(where)}' for name, where in tables.items())
+    return f"per_token={{{shown}}}" + (", shared=True" if shared else "")
+
+
+def _repr(where: Where) -> str:
+    if isinstance(where, Entries):
+        ends = [f"{n}={getattr(where, n)!r}" for n in ("prefix", "suffix") if getattr(where, n)]
+        return f"Entries({where.dim}, {', '.join(ends)})".replace("'", '"')
+    return repr(where)
+
+
+def _cures(found: list[Suspect]) -> Iterator[tuple[dict[str, Where], bool]]:
+    """What may be missing, the likely first: all that is certain, then fewer and more."""
+    names = list(dict.fromkeys(s.name for s in found))
+    certain = [name for name in names if any(s.certain for s in found if s.name == name)]
+    sets = [certain, names] + [[*c] for n in range(1, len(names)) for c in itertools.combinations(names, n)]
+    seen = []
+    for chosen in sets:
+        if not chosen or chosen in seen:
+            continue
+        seen.append(chosen)
+        members = [s for s in found if s.name in chosen]
+        for ahead in (True, False) if any(s.more for s in members) else (True,):
+            shared = any(not s.batched for s in members)
+            yield named(members, ahead), shared
+            if not shared:
+                yield named(members, ahead), True
+
+
+@contextlib.contextmanager
+def _named(route: Route, tables: dict[str, Where], shared: bool) -> Iterator[None]:
+    before, kept = route.shared, {}
+    for block, stop in _stops(route):
+        kept[stop] = stop.places
+        try:
+            more = tuple(Table.find(block, name, where) for name, where in tables.items())
+        except ValueError:  # another kind of block, that does not take it
+            more = ()
+        stop.places = replace(stop.places, tables=(*stop.places.tables, *more))
+    route.shared = before or shared
+    try:
+        yield
+    finally:
+        route.shared = before
+        for stop, places in kept.items():
+            stop.places = places
+
+
+# --- one call of the model ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _prepared(route: Route) -> Iterator[None]:
+    """No dropout, no zeros that hide a block, no other route; all as before afterwards."""
+    others = {stop.route for block in route._blocks for stop in block._routes if stop.route is not route}  # type: ignore[union-attr]
+    modules = [m for block in route._blocks for m in block.modules()]
+    modes = [m.training for m in modules]
+    names = ("in_eval", "enabled", "_dense", "_phased", "order_only")
+    kept = {r: {name: getattr(r, name) for name in names} for r in (route, *others)}
+    now = {r: r.now.keep for r in (route, *others)}
+    zeros = [p for block in route._blocks for p in block.parameters() if p.numel() and not p.detach().any()]
+    try:
+        for module in modules:
+            module.training = False
+        for other in others:
+            other.enabled = False
+        route.in_eval, route._dense, route._phased, route.order_only = True, False, False, True
+        with torch.no_grad(), torch.random.fork_rng(devices=_devices(route)):
+            torch.manual_seed(1)
+            for p in zeros:
+                p.normal_(std=0.2)
+        yield
+    finally:
+        route.watch = None
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        for r, values in kept.items():
+            for name, value in values.items():
+                setattr(r, name, value)
+            r.forget()
+            r._here.now.keep = r._latest.keep = now[r]
+
+
+def _observe(route: Route, run: Callable[[], Tensor], *, routed: bool, gradients: bool = True) -> Observed:
+    seen: dict[str, Any] = {"found": []}
+    route.enabled, route.watch = routed, None if routed and not gradients else _watcher(route, seen, routed)
+    with torch.random.fork_rng(devices=_devices(route)):
+        torch.manual_seed(0)
+        out = run()
+    route.watch = None
+    if not isinstance(out, Tensor):
+        raise TypeError(f"run must return a tensor, got a {type(out).__name__}")
+    made = Observed(out.detach(), found=seen["found"])
+    stream = seen.get("stream")
+    made.stream = None if stream is None else stream.detach()
+    if gradients:
+        _differentiate(route, made, out, seen)
+    return made
+
+
+def _watcher(route: Route, seen: dict[str, Any], routed: bool) -> Callable[..., None]:
+    def watch(stop: Stop, block: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if result is not None:
+            if stop.last:
+                seen["stream"] = pick(result, stop.places.out)
+            return
+        if stop.first:
+            seen["entrance"] = stop.places.tokens.read(args, kwargs)
+        if not routed:
+            shapes = {(s.name, s.path) for s in seen["found"]}
+            entrance = seen.get("entrance")
+            if isinstance(entrance, Tensor) and entrance.ndim == 3:
+                new = suspects(stop, block, args, kwargs, tokens=entrance.shape[1])
+                seen["found"] += [s for s in new if (s.name, s.path) not in shapes]
+
+    return watch
+
+
+def _differentiate(route: Route, made: Observed, out: Tensor, seen: dict[str, Any]) -> None:
+    """Gradients of a random sum of the output and of the stream behind the route, which no final layer can hide."""
+    parts = [t for t in (out, seen.get("stream")) if isinstance(t, Tensor) and t.requires_grad]
+    if not parts:
+        made.without = "run() recorded none"
+        return
+    wanted: dict[str, Tensor] = {
+        f"{i}.{n}": p for i, b in enumerate(route._blocks) for n, p in b.named_parameters() if p.requires_grad
+    }
+    entrance = seen.get("entrance")
+    if isinstance(entrance, Tensor) and entrance.requires_grad:
+        wanted["what enters the route"] = entrance
+    loss = sum(_weighted(part, i) for i, part in enumerate(parts))
+    try:
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)  # type: ignore[arg-type]
+    except (RuntimeError, IndexError) as failure:
+        if "heckpoint" not in str(failure):
+            raise
+        made.without = "reentrant checkpoints give none to torch.autograd.grad"
+        return
+    made.gradients = {name: g for name, g in zip(wanted, grads, strict=True) if g is not None}
+
+
+def _weighted(t: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    wide = t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
+    weights = torch.randn(t.shape, generator=generator, dtype=wide.dtype).to(t.device)
+    total: Tensor = (wide * weights).sum() / float(t.numel()) ** 0.5
+    return total
+
+
+def _apart(one: Observed, other: Observed) -> float:
+    """The largest difference, of the largest value of each tensor."""
+    pairs = [(one.out, other.out)]
+    if one.stream is not None and other.stream is not None:
+        pairs.append((one.stream, other.stream))
+    pairs += [(g, other.gradients.get(n, torch.zeros_like(g))) for n, g in one.gradients.items() if other.gradients]
+    return max(_difference(a, b) for a, b in pairs)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    scale = float(a.abs().max()) if a.numel() else 0.0
+    apart = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+    return apart / scale if scale > 0 else apart
+
+
+def _tolerance(dense: Observed) -> float:
+    dtypes = [t.dtype for t in (dense.out, dense.stream) if t is not None]
+    coarse = dense.out.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return COARSE if coarse else max(TOLERANCE.get(dtype, COARSE) for dtype in dtypes)
+
+
+def _devices(route: Route) -> list[torch.device]:
+    return list({p.device for b in route._blocks for p in b.parameters() if p.is_cuda})
+
+
+def _stops(route: Route) -> Iterator[tuple[Any, Stop]]:
+    for block in route._blocks:
+        yield from ((block, stop) for stop in block.__dict__["_routes"] if stop.route is route)

@@ -1,0 +1,150 @@
+"""`route.verify`: one sentence where the route is right, and the call to write where it is not."""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from prx_kernels import Entries, route_blocks
+
+from .models import HIDDEN, Block, Model, Rope, inputs, rotary_tables
+from .test_per_token import TEXT, AttributeRope, TextBlock, with_own_tables
+
+
+def model_with(rope=None, **arguments) -> Model:
+    torch.manual_seed(0)
+    return Model(rope=rope, **arguments)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("rope", "arguments"),
+    [
+        (None, {}),
+        (rotary_tables(12), {"per_token": {"feat_rope": 0}, "shared": True}),
+        (Rope(12), {"per_token": {"feat_rope": 0}, "shared": True}),
+        (tuple(t[None, None] for t in rotary_tables(12)), {"per_token": {"feat_rope": 2}}),
+    ],
+)
+def test_a_right_route_is_proven_in_one_sentence(rope, arguments, compiled):
+    torch._dynamo.reset()
+    model = model_with(rope)
+    for block in model.blocks if compiled else ():
+        block.compile(fullgraph=True, backend="aot_eager")
+    said = route_blocks(model.blocks, 1, 2, 0.5, **arguments).verify(lambda: model(*inputs()))
+    found = re.fullmatch(
+        r"Blocks 1 to 2 give the dense model's outputs and (\d+) gradients with 12 tokens in random order: at most "
+        r"(.*) of the largest value apart\.", said,
+    )  # fmt: skip
+    assert int(found[1]) == 21  # 10 parameters in each of two blocks, and what enters them
+    assert float(found[2]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "cure"),
+    [
+        (lambda: model_with(rotary_tables(12)), 'per_token={"feat_rope": 0}, shared=True'),
+        (lambda: model_with(AttributeRope("list")), 'per_token={"feat_rope": 0}, shared=True'),
+        (lambda: model_with(tuple(t[None, None] for t in rotary_tables(12))), 'per_token={"feat_rope": 2}'),
+        (lambda: with_own_tables(), 'per_token={"cos": 0, "attn.positions": 0}, shared=True'),
+    ],
+)
+def test_a_wrong_route_is_told_with_a_call_that_is_right(model, cure):
+    torch.manual_seed(0)
+    model = model()
+    route = route_blocks(model.blocks, 1, 2, 0.5)
+    with pytest.raises(ValueError, match="the route changes the model|the route fails") as caught:
+        route.verify(lambda: model(*inputs()))
+    assert str(caught.value).endswith(f"Write (tried): {cure}")
+    route.remove()
+    route = route_blocks(model.blocks, 1, 2, 0.5, **eval(f"dict({cure})"))
+    assert "outputs and" in route.verify(lambda: model(*inputs()))
+
+
+@pytest.mark.parametrize("image_first", [True, False])
+def test_a_mask_over_two_streams_is_found_with_its_side(image_first):
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(TextBlock(image_first) for _ in range(2))
+    img, txt, mask = inputs()[0], torch.randn(2, TEXT, HIDDEN), torch.rand(2, 1, 1, 12 + TEXT) > 0.4
+    run = lambda: blocks[1](blocks[0](img, txt, mask), txt, mask)  # noqa: E731
+    side = "suffix" if image_first else "prefix"
+    with pytest.raises(ValueError, match=rf'Write \(tried\): per_token={{"mask": Entries\(3, {side}="rest"\)}}'):
+        route_blocks(blocks, 0, 1, 0.5).verify(run)
+    for block in blocks:
+        block._routes[0].route.remove()
+        break
+    wrong = Entries(3, prefix="rest") if image_first else Entries(3, suffix="rest")
+    with pytest.raises(ValueError, match="the route changes the model"):
+        route_blocks(blocks, 0, 1, 0.5, per_token={"mask": wrong}).verify(run)
+
+
+class Counting(Block):
+    """Positions from the number of tokens: no table to find, all silently wrong."""
+
+    def forward(self, x, c):
+        return super().forward(x + torch.linspace(0, 1, x.shape[1])[None, :, None], c)
+
+
+def test_positions_made_from_the_number_of_tokens_are_seen():
+    torch.manual_seed(0)
+    model = Model()
+    model.blocks = nn.ModuleList(Counting() for _ in range(4))
+    with pytest.raises(ValueError, match="make positions from the number of tokens, or mix neighbours"):
+        route_blocks(model.blocks, 1, 2, 0.5).verify(lambda: model(*inputs()))
+
+
+def test_gates_and_a_final_layer_that_are_zero_hide_nothing():
+    """adaLN-zero: at the start every block is the identity, and the output is zero."""
+    model = model_with(rotary_tables(12))
+    for block in model.blocks:
+        nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(block.adaLN_modulation[1].bias)
+    final = nn.Linear(HIDDEN, 3)
+    nn.init.zeros_(final.weight)
+    nn.init.zeros_(final.bias)
+    route = route_blocks(model.blocks, 1, 2, 0.5, per_token={"feat_rope": None})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="the route changes the model"):
+        route.verify(lambda: final(model(*inputs())))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_verify_leaves_everything_as_it_was():
+    model = model_with(dropout=0.5)
+    route = route_blocks(model.blocks, 1, 2, 0.25)
+    route.probability, route.enabled = 0.5, False
+    model.blocks[1].eval()
+    model(*inputs()).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    modes, random = [m.training for m in model.modules()], torch.get_rng_state()
+    route.verify(lambda: model(*inputs()))
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    assert (route.probability, route.enabled, route.in_eval, route.selection_ratio) == (0.5, False, False, 0.25)
+    assert route.keep is None
+
+
+def test_a_run_that_differs_from_call_to_call_or_calls_no_block_is_no_proof():
+    model = model_with()
+    route = route_blocks(model.blocks, 1, 2, 0.5)
+    calls = iter(range(9))
+    with pytest.raises(RuntimeError, match="gives other values when it is called again"):
+        route.verify(lambda: model(*inputs(seed=next(calls))))
+    with pytest.raises(RuntimeError, match="did not call the routed blocks"):
+        route.verify(lambda: torch.ones(1))
+    with pytest.raises(TypeError, match="run must return a tensor, got a tuple"):
+        route.verify(lambda: inputs())
+
+
+def test_checkpointed_models_are_verified_and_what_was_left_out_is_said():
+    for reentrant in (False, True):
+        model = model_with(checkpoint=partial(checkpoint, use_reentrant=reentrant))
+        said = route_blocks(model.blocks, 1, 2, 0.5).verify(lambda model=model: model(*inputs()))
+        assert ("no gradients: reentrant checkpoints" in said) == reentrant
