@@ -102,3 +102,6 @@ def fix_size(network: Any, height: int, width: int) -> None:
     By timm, from the weights as they are, cast or not: the numbers that a forward on the same device gets.
     """
     network.set_input_size(img_size=(height, width))
+    if getattr(network, "rope", None) is None:
+        # With torch 2.11 timm takes a compiled network for an exported one, and resamples whatever the size.
+        network.dynamic_img_size, network.patch_embed.flatten = False, True

@@ -45,11 +45,12 @@ def taught(**limits: float) -> Recipe:
     preset = small("prx-512")
     return small(
         "prx-512",
-        # LPIPS's last layer must have more than a pixel a side: sides of 1 are numbers in a graph.
-        model=replace(preset.model, patch_size=8),
-        data=replace(preset.data, height=128, width=128),
+        # As in the recipe, whose sides are multiples of 32: VGG's four poolings halve even sides. With odd ones torch
+        # 2.11 makes a graph for each place where a side is odd.
+        model=replace(preset.model, patch_size=32),
+        data=replace(preset.data, height=192, width=192),
         repa=REPA(enabled=True, teacher="vit_small_patch16_dinov3", weights="random", layer=1),
-        lpips=LPIPS(enabled=True, network="squeeze", weights="random", **limits),  # type: ignore[arg-type]
+        lpips=LPIPS(enabled=True, weights="random", **limits),  # type: ignore[arg-type]
         pdino=PDINO(enabled=True, teacher="vit_small_patch14_reg4_dinov2", weights="random", size=28, **limits),
     )
 
