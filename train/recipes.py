@@ -79,7 +79,10 @@ class LPIPS:
     weights: str = ""
     """A file with the weights of torchvision's trunk; the hub's unless given; "random" for none."""
     t_max: Annotated[float, SHARE] = 1.0
-    """Only samples with t below this go through it, the others count as 0; 1 is all."""
+    """Only samples with t below this go through it; 1 is all."""
+    t_mean: Literal["below", "all"] = "all"
+    """below: the mean over a rank's samples below t_max, as in PRX's code; all: the others count as 0, so that the mean
+    over all ranks depends on no rank's share of them."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,10 @@ class PDINO:
     weights: str = ""
     """A file or folder with the network's weights; timm's hub unless given; "random" for none."""
     t_max: Annotated[float, SHARE] = 1.0
-    """Only samples with t below this go through it, the others count as 0; 1 is all."""
+    """Only samples with t below this go through it; 1 is all."""
+    t_mean: Literal["below", "all"] = "all"
+    """below: the mean over a rank's samples below t_max, as in PRX's code; all: the others count as 0, so that the mean
+    over all ranks depends on no rank's share of them."""
     size: Annotated[int, Range(1, 4_096)] = 224
     """Pixels a side of the teacher's input."""
     order: Literal["resize-first", "resize-last"] = "resize-first"
@@ -373,8 +379,8 @@ def prx_512() -> Recipe:
         flow=Flow(),
         routing=Routing(enabled=True, start=1, end=14, selection_ratio=0.5),
         repa=REPA(enabled=True),
-        lpips=LPIPS(enabled=True),
-        pdino=PDINO(enabled=True),
+        lpips=LPIPS(enabled=True, t_mean="below"),
+        pdino=PDINO(enabled=True, t_mean="below"),
         muon=Muon(),
         adam=Adam(),
         ema=EMASettings(decay=0.999, every=10, phase="last"),

@@ -60,9 +60,9 @@ def _check_size(recipe: Recipe) -> None:
 class TeacherLosses:
     """Mean loss of every teacher over a batch, weighted and as logged.
 
-    A teacher is the section of the recipe that has its name: `weight`, and `t_max` where it has one. Samples with t at
-    or above that do not go through it and count as zero: so the mean over all ranks depends on no rank's share of them.
-    Where that can be, t is known on the host, so nothing waits for the device.
+    A teacher is the section of the recipe that has its name: `weight`, and `t_max` and `t_mean` where it has them.
+    Samples with t at or above `t_max` do not go through it: they count as zero (`t_mean` "all"), or do not count
+    ("below"; a batch that has none below is a loss of zero). t is known on the host then: nothing waits for the device.
     """
 
     def __init__(self, recipe: Recipe, teachers: dict[str, Teacher]) -> None:
@@ -70,6 +70,7 @@ class TeacherLosses:
         sections = {name: getattr(recipe, name) for name in teachers}
         self.weights: dict[str, float] = {name: section.weight for name, section in sections.items()}
         self.limits: dict[str, float] = {name: getattr(section, "t_max", 1.0) for name, section in sections.items()}
+        self.counts_all = {name: getattr(section, "t_mean", "all") == "all" for name, section in sections.items()}
 
     @property
     def needs_host_t(self) -> bool:
@@ -112,7 +113,9 @@ class TeacherLosses:
                 if limit < 1.0 and host_t is not None:
                     chosen = torch.nonzero(host_t < limit).flatten()
                     seen = whole.select(chosen.to(tokens.device, non_blocking=True)) if len(chosen) else None
-                # No sample of this rank's: a zero that still depends on the prediction, as every other step's loss.
-                parts[name] = teacher(seen).sum() / len(x0_hat) if seen is not None else x0_hat.sum() * 0.0
+                if seen is None:  # a zero that still depends on the prediction, as every other step's loss
+                    parts[name] = x0_hat.sum() * 0.0
+                else:
+                    parts[name] = teacher(seen).sum() / len(x0_hat if self.counts_all[name] else seen.image)
             total = total + self.weights[name] * parts[name]
         return total, {name: part.detach() for name, part in parts.items()}

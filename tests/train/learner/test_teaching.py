@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from benchmarks.roofline import vgg16_forward
+from prx_kernels import unpatchify
+from prx_model.teachers import Prediction
 from train.checkpoint import checkpointer as checkpoint
-from train.data.loader import Batch, batches
+from train.data.loader import Batch, batches, to_float
 from train.errors import UserError
 from train.learner.teaching import build_teachers
 from train.loop import Outcome, Trainer
@@ -144,6 +146,31 @@ def test_a_loss_of_some_samples_is_the_mean_of_those_of_its_halves(tmp_path: Pat
     halves = [loss(slice(0, 2)), loss(slice(2, 4))]
     assert loss(slice(0, 4)) == pytest.approx(sum(halves) / 2, rel=1e-5)
     assert halves[1] < 0.75 * halves[0], "the second half has one sample below t_max"
+
+
+@pytest.mark.parametrize("t_max", [0.6, 1.0])
+def test_the_published_mean_is_over_the_samples_below_t_max(tmp_path: Path, t_max: float) -> None:
+    """PRX's formula: the sum over samples with t < t_max over their count, at least 1; gradients too."""
+    lpips, pdino = (replace(section, t_max=t_max, t_mean="below") for section in (LPIPS_SMALL, PDINO_SMALL))
+    trainer = Trainer(tiny(tmp_path, lpips=lpips, pdino=pdino), parallel.start(shapes().train))
+    teaching, generator = trainer.learner.teaching, torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    tokens = torch.randn(4, 16, 192, generator=generator).requires_grad_()
+    t = torch.tensor([0.1, 0.9, 0.3, 0.6])
+    batch = Batch(image, [""] * 4, torch.arange(4), torch.arange(4))
+    host_t = t if teaching.needs_host_t else None
+    total, parts = teaching(batch, tokens, None, None, host_t, trainer.learner.stopwatch)
+    (got,) = torch.autograd.grad(total, tokens)
+
+    mask = (t < t_max).float()
+    seen = Prediction(to_float(image), unpatchify(tokens, 8, 32, 32))
+    expected = torch.zeros(())
+    for name, weight in (("lpips", 0.1), ("pdino", 0.01)):
+        value = (teaching.teachers[name](seen) * mask).sum() / mask.sum().clamp(min=1)
+        assert float(parts[name]) == pytest.approx(float(value.detach()), rel=1e-5)
+        expected = expected + weight * value
+    (gradient,) = torch.autograd.grad(expected, tokens)
+    torch.testing.assert_close(got, gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
 def test_a_weight_of_zero_builds_and_runs_nothing(tmp_path: Path) -> None:
