@@ -45,7 +45,7 @@ FLOORS = {
         ("absent_gpu", "denoisers", "measure", "replay"),
         ("summary", "training_step"),
         ("project", "trainer_step"),
-        ("conftest", "figures", "profile_step", "test_*"),
+        ("conftest", "figures", "first_step", "profile_step", "test_*"),
         ("dry_step", "report"),
         ("step_table",),
     ),

@@ -46,8 +46,6 @@ def main() -> int:
     arguments = read_options(_positional(), prog="generate.py", description=__doc__)
     if not arguments.prompts:
         raise UserError('give at least one prompt, as in generate.py runs/shapes "a red circle" --out picture.png')
-    if arguments.grid < 1:
-        raise UserError(f"--grid is the number of pictures for each prompt and at least 1, got {arguments.grid}")
     if not arguments.run.is_dir():
         raise UserError(f"there is no folder {arguments.run}; give a run's folder, or one of its checkpoints/step-N")
     if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):

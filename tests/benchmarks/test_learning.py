@@ -37,7 +37,7 @@ def test_ours_and_torchs_optimizers_make_the_same_first_step() -> None:
         ]
         for _, parameter in named:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-        kind(named, recipe).step(0.5)
+        kind(named, recipe).step(0.5, recipe.train.clip)
         updated.append([parameter.detach() for _, parameter in named])
         assert all(parameter.grad is None for _, parameter in named)
     # torch's Newton-Schulz rounds to bfloat16.

@@ -118,7 +118,7 @@ def test_the_trainer_s_step_has_the_truth_s_gradients_and_updates(precision: str
         assert float(step()) > 0
         assert all(torch.equal(local(a), local(b)) for a, b in zip(before, step.averages, strict=True)), "not its turn"
 
-        def forgets(factor: float, clip: float) -> torch.Tensor:
+        def forgets(factor: float, clip: float, copies: Sequence[WorkingCopy] = ()) -> torch.Tensor:
             step.learner.optimizers.optimizer.zero_grad()
             return torch.ones(())
 

@@ -112,7 +112,7 @@ def test_generate_draws_grids_and_other_sizes(run: Path, tmp_path: Path) -> None
         (["{run}"], "give at least one prompt"),
         (["{run}", "a", "--height", "20"], "20x32 is not a multiple of the patch size 8"),
         (["{run}", "a", "--steps", "0"], "sampling.steps must be at least 1"),
-        (["{run}", "a", "--grid", "0"], "--grid is the number of pictures"),
+        (["{run}", "a", "--grid", "0"], "grid must be at least 1, got 0"),
         (["{run}", "a", "--out", "picture.txt"], "must end in .png"),
         (["{run}", "a", "--heigth", "32"], "Unrecognized options: --heigth"),
         (["{run}", "a", "--guidance", "-1"], "sampling.guidance must not be negative"),

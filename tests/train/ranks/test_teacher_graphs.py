@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from prx_model import teachers as teachers_module
 from prx_model.teacher_weights import load_timm
-from tests.train.test_graphs import a_batch, sizes_of, small
+from tests.train.ranks.test_graphs import a_batch, sizes_of, small
 from train.ranks import graphs
 from train.ranks.graphs import compile_teachers
 from train.recipes import LPIPS, PDINO, REPA, Recipe
