@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .handle import Stop, pick, put
+from .passage import Stop, pick, put
 from .state import Repeatable
 from .suspects import explain, look
 
@@ -25,7 +25,7 @@ def around(block: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: 
         route = stop.route
         route._here.now.outside = True
         if route._phased and stop.first and not repeated:
-            route.phase(route.next_phase(route.probability))
+            route.phase(route.next_phase(float(route._probability)))
         if route.watch is not None:
             route.watch(stop, block, args, kwargs, None)
     active = [stop for stop in stops if stop.route.active]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .arguments import Argument, Table
 from .around import around
 from .entries import Where
-from .handle import Places, Route, Stop
+from .handle import Route
+from .passage import Places, Stop
 
 # --- public ------------------------------------------------------------------------------------------------------
 

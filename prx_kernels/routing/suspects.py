@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .arguments import bound
 from .entries import Entries, Where, leaves, tensors_of
-from .handle import Stop
+from .passage import Stop
 
 OURS = __name__.rpartition(".")[0]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arguments import Table
 from .entries import Entries, Where
-from .handle import Route, Stop, pick
+from .passage import Passage, Stop, pick
 from .suspects import Suspect, call, named, suspects
 
 TRIALS = 24  # at most, of calls that may be right
@@ -35,7 +35,7 @@ class Observed:
     found: list[Suspect] = field(default_factory=list)
 
 
-def verify(route: Route, run: Callable[[], Tensor]) -> str:
+def verify(route: Passage, run: Callable[[], Tensor]) -> str:
     """As `Route.verify`."""
     with _prepared(route):
         dense = _observe(route, run, routed=False)
@@ -51,7 +51,7 @@ def verify(route: Route, run: Callable[[], Tensor]) -> str:
         except Exception as failure:  # a size that does not fit: what was forgotten says its shape
             error = failure
         else:
-            if dense.stream is None and route.keep is None:
+            if dense.stream is None and route.now.keep is None:
                 raise RuntimeError("run() did not call the routed blocks")
             apart = _apart(dense, routed)
             if apart <= _tolerance(dense):
@@ -59,7 +59,7 @@ def verify(route: Route, run: Callable[[], Tensor]) -> str:
         raise ValueError(_diagnosis(route, run, dense, error, 0.0 if error else apart)) from error
 
 
-def _sentence(route: Route, dense: Observed, routed: Observed, apart: float) -> str:
+def _sentence(route: Passage, dense: Observed, routed: Observed, apart: float) -> str:
     gradients = f"outputs and {len(dense.gradients)} gradients" if dense.gradients else "outputs"
     without = f" (no gradients: {dense.without})" if dense.without else ""
     tokens = routed.stream.shape[1] if routed.stream is not None else "all"
@@ -72,7 +72,9 @@ def _sentence(route: Route, dense: Observed, routed: Observed, apart: float) -> 
 # --- the cure ----------------------------------------------------------------------------------------------------
 
 
-def _diagnosis(route: Route, run: Callable[[], Tensor], dense: Observed, error: Exception | None, apart: float) -> str:
+def _diagnosis(
+    route: Passage, run: Callable[[], Tensor], dense: Observed, error: Exception | None, apart: float
+) -> str:
     if error is not None:
         said = f"the route fails with all tokens in random order ({(str(error).splitlines() or [''])[0]})"
     else:
@@ -129,7 +131,7 @@ def _cures(found: list[Suspect]) -> Iterator[tuple[dict[str, Where], bool]]:
 
 
 @contextlib.contextmanager
-def _named(route: Route, tables: dict[str, Where], shared: bool) -> Iterator[None]:
+def _named(route: Passage, tables: dict[str, Where], shared: bool) -> Iterator[None]:
     before, kept = route.shared, {}
     for block, stop in _stops(route):
         kept[stop] = stop.places
@@ -151,7 +153,7 @@ def _named(route: Route, tables: dict[str, Where], shared: bool) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _prepared(route: Route) -> Iterator[None]:
+def _prepared(route: Passage) -> Iterator[None]:
     """No dropout, no zeros that hide a block, no other route; all as before afterwards."""
     others = {stop.route for block in route._blocks for stop in block._routes if stop.route is not route}  # type: ignore[union-attr]
     modules = [m for block in route._blocks for m in block.modules()]
@@ -185,7 +187,7 @@ def _prepared(route: Route) -> Iterator[None]:
             r._here.now.keep = r._latest.keep = now[r]
 
 
-def _observe(route: Route, run: Callable[[], Tensor], *, routed: bool, gradients: bool = True) -> Observed:
+def _observe(route: Passage, run: Callable[[], Tensor], *, routed: bool, gradients: bool = True) -> Observed:
     seen: dict[str, Any] = {"found": []}
     route.enabled, route.watch = routed, None if routed and not gradients else _watcher(route, seen, routed)
     with torch.random.fork_rng(devices=_devices(route)):
@@ -202,7 +204,7 @@ def _observe(route: Route, run: Callable[[], Tensor], *, routed: bool, gradients
     return made
 
 
-def _watcher(route: Route, seen: dict[str, Any], routed: bool) -> Callable[..., None]:
+def _watcher(route: Passage, seen: dict[str, Any], routed: bool) -> Callable[..., None]:
     def watch(stop: Stop, block: Any, args: Any, kwargs: Any, result: Any) -> None:
         if result is not None:
             if stop.last:
@@ -220,7 +222,7 @@ def _watcher(route: Route, seen: dict[str, Any], routed: bool) -> Callable[..., 
     return watch
 
 
-def _differentiate(route: Route, made: Observed, out: Tensor, seen: dict[str, Any]) -> None:
+def _differentiate(route: Passage, made: Observed, out: Tensor, seen: dict[str, Any]) -> None:
     """Gradients of a random sum of the output and of the stream behind the route, which no final layer can hide."""
     parts = [t for t in (out, seen.get("stream")) if isinstance(t, Tensor) and t.requires_grad]
     if not parts:
@@ -274,10 +276,10 @@ def _tolerance(dense: Observed) -> float:
     return COARSE if coarse else max(TOLERANCE.get(dtype, COARSE) for dtype in dtypes)
 
 
-def _devices(route: Route) -> list[torch.device]:
+def _devices(route: Passage) -> list[torch.device]:
     return list({p.device for b in route._blocks for p in b.parameters() if p.is_cuda})
 
 
-def _stops(route: Route) -> Iterator[tuple[Any, Stop]]:
+def _stops(route: Passage) -> Iterator[tuple[Any, Stop]]:
     for block in route._blocks:
         yield from ((block, stop) for stop in block.__dict__["_routes"] if stop.route is route)
