@@ -15,7 +15,15 @@ from .blocks.reference import (
     rows_of,
 )
 from .launch import widened
-from .muon.reference import bounding_scales, decayed_update, momentum_update, update_bounds
+from .muon.reference import (
+    apply_update,
+    bounding_scales,
+    decayed_update,
+    momentum_update,
+    move_momentum,
+    squares,
+    update_bounds,
+)
 from .newton_schulz.reference import cpu_has_bfloat16, multiply, newton_schulz, sym_gemm, unit_norm
 from .noise.reference import philox_normal, philox_uint32, philox_uniform, uniform_from_uint32
 from .patch_embed.reference import noisy_image, patch_image_gradient, patch_project, patch_weight_gradient
@@ -36,6 +44,7 @@ from .routing.reference import (
 
 __all__ = [
     "add_tokens",
+    "apply_update",
     "bounding_scales",
     "clear_tokens",
     "cpu_has_bfloat16",
@@ -48,6 +57,7 @@ __all__ = [
     "kept_tokens",
     "modulate_backward",
     "momentum_update",
+    "move_momentum",
     "multiply",
     "newton_schulz",
     "noisy_image",
@@ -69,6 +79,7 @@ __all__ = [
     "scaled",
     "scatter_tokens",
     "smallest_keys",
+    "squares",
     "sym_gemm",
     "uniform_from_uint32",
     "unit_norm",

@@ -189,7 +189,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         tl.store(sums_ptr + sum_at, q_sum, mask=feature < HEAD_DIM)
         tl.store(sums_ptr + behind + sum_at, k_sum, mask=feature < HEAD_DIM)
-    else:
+    elif TEXT != 0:
         k_sum = _text_gradients(
             grad_txt_ptr, grad_k_ptr, grad_v_ptr, txt_ptr, txt_weight_ptr, offsets_ptr, program - image_programs,
             head, mask, at, k_at, v_at, batch, tokens, length, chunk, text_rows, heads,

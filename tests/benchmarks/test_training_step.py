@@ -1,5 +1,6 @@
 """The baseline is what it says, every way of a step is the same mathematics, and a wrong one gets no figure."""
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import pytest
@@ -13,6 +14,7 @@ from benchmarks.trainer_step import TrainerStep
 from benchmarks.training_step import LADDER, WHOLE, TrainingStep, Way, make_inputs
 from prx_kernels import reference
 from prx_kernels.muon.owners import local
+from train.ranks.working_copy import WorkingCopy
 
 CASE = Case(64, 2, text=8)
 NO_TEACHERS = Way("ours, without teachers", "ours", routed=True, packed=True, optimizer="muon", ema=True)

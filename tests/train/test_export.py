@@ -1,5 +1,6 @@
 """An exported run draws in diffusers what it draws here; generate.py writes pictures and grids."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.train.checkpoint.damage import reseal
 from tests.train.commands import TINY, run_program
 from train.run.trained import load_trained
 
@@ -138,6 +140,9 @@ def test_a_damaged_checkpoint_that_is_passed_over_is_named(
     shutil.copytree(run, tmp_path / "run")
     checkpoints = tmp_path / "run/checkpoints"
     shutil.copytree(checkpoints / "step-00000030", checkpoints / "step-00000031")
+    state = json.loads((checkpoints / "step-00000031/state.json").read_text())
+    (checkpoints / "step-00000031/state.json").write_text(json.dumps({**state, "step": 31}))
+    reseal(checkpoints / "step-00000031")
     (damaged,) = (checkpoints / "step-00000031").glob("ema*.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:1000])
     trained = load_trained(tmp_path / "run", torch.device("cpu"))

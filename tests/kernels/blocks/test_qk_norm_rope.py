@@ -212,5 +212,6 @@ def test_kernels_build_without_spills_and_move_rows_by_sixteen_bytes(arch):
             assert set(build.accesses("st")) == {16}, name
         # Queries, keys and values of the image, keys and values of text: read and written 16 bytes at a time.
         if "kernel" in name:
-            assert build.accesses("ld").count(16) >= 5, name
-            assert build.accesses("st").count(16) >= 5, name
+            least = 3 if name.endswith("text 0") else 5
+            assert build.accesses("ld").count(16) >= least, name
+            assert build.accesses("st").count(16) >= least, name

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import prx_kernels as kernels
+from prx_kernels.muon import passes
 
 from .inputs import LAYOUTS, Inputs
 
@@ -266,6 +267,49 @@ def philox_uniform(make: Inputs, batch: int, count: int) -> Tensor:
     return kernels.philox_uniform(make.seed(), (batch, count), sample_ids=make.ids(batch))
 
 
+# --- blocks ------------------------------------------------------------------------------------------------------
+
+# (batch, tokens, heads, D, text of the longest sample)
+HEADS = {
+    "aligned": (2, 16, 4, 32, 8),
+    "ragged": (2, 5, 3, 12, 3),
+    "empty": (0, 5, 3, 12, 3),
+    "recipe-512": (32, 256, 28, 64, 256),
+    "recipe-512, routed": (32, 128, 28, 64, 256),
+    "recipe-1024": (16, 1024, 28, 64, 256),
+    **{f"heads of {width}": (2, 4, 2048 // width, width, 4) for width in (16, 32, 128, 256)},
+    "many": (70_000, 2, 2, 8, 1),
+}
+NORMED = (*alike(BF16, FP16, FP32, FP64), (BF16, FP32), (FP32, BF16))
+
+
+def _from_projections(make: Inputs, batch: int, tokens: int, heads: int, width: int) -> list[Tensor]:
+    angle = torch.arange(tokens * width // 2, device=make.device).view(1, tokens, width // 2)
+    rope = torch.stack((angle.cos(), angle.sin()), dim=-1).to(torch.float64 if make.exact else torch.float32)
+    return [make(batch, tokens, 3 * heads * width), *(make(width, dtype=make.other) for _ in range(2)), rope]
+
+
+@case(NORMED, HEADS, ("dense", "outer", "expanded", "padded", "sliced"))
+def qk_norm_rope(make: Inputs, batch: int, tokens: int, heads: int, width: int, length: int) -> tuple[Tensor, ...]:
+    """Of an image alone, then with padded text."""
+    given = _from_projections(make, batch, tokens, heads, width)
+    alone = kernels.qk_norm_rope(*given)
+    text = make(batch, length, 2 * heads * width), make(width, dtype=make.other)
+    return *alone, *kernels.qk_norm_rope(*given, *text)
+
+
+@case(NORMED, HEADS, ("dense", "padded", "sliced"))
+def qk_norm_rope_packed(
+    make: Inputs, batch: int, tokens: int, heads: int, width: int, length: int
+) -> tuple[Tensor, ...]:
+    """With packed text for padded keys, then for packed ones."""
+    given = _from_projections(make, batch, tokens, heads, width)
+    text = make(batch * length, 2 * heads * width), make(width, dtype=make.other)
+    offsets = torch.arange(batch + 1, dtype=torch.int32, device=make.device) * length
+    padded = kernels.qk_norm_rope(*given, *text, txt_offsets=offsets, txt_length=length)
+    return *padded, *kernels.qk_norm_rope(*given, *text, txt_offsets=offsets, packed_keys=True)
+
+
 # --- Muon --------------------------------------------------------------------------------------------------------
 
 # (batch, n, k)
@@ -337,6 +381,16 @@ def muon_for_a_graph(make: Inputs, n: int, m: int, k: int, count: int) -> list[T
     """As a CUDA graph captures it, the rate on the device; query and key in one weight, and no Nesterov."""
     shapes = [(2 * n, m)] * count + [(n,)]
     return _muon_step(make, shapes, capturable=True, split_sizes=(n, n), nesterov=False)
+
+
+@case(((FP32, FP16), (BF16, FP16), (FP16, FP16), (FP32, FP32)), SHAPES)
+def scaled_copy(make: Inputs, n: int, m: int, k: int, count: int) -> list[Tensor]:
+    """What owners do with the parts of matrices that came of other ranks: a matrix in two parts, and a whole one."""
+    parts = [make(*shape, grad=False).contiguous() for _ in range(count) for shape in ((n, m), (3, m), (k, n))]
+    outs = [torch.empty(x.shape, dtype=FP64 if make.exact else make.other, device=x.device) for x in parts]
+    scales = torch.full((2 * count,), 0.5, device=make.device)
+    counts = [2, 1] * count
+    return [*outs, passes.scaled_copy(parts, outs, counts, scales)] if parts else []
 
 
 def _muon_step(make: Inputs, shapes: list[tuple[int, ...]], split_sizes: Any = None, **settings: Any) -> list[Tensor]:

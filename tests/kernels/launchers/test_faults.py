@@ -202,5 +202,7 @@ def test_every_kernel_names_what_it_rounds_down() -> None:
         for name in ("gather_tokens", "muon", "patch_embed", "x_prediction_loss", "philox_normal"):
             run_of(name).on(gpu)
     for kernel in {launch.kernel for launch in gpu.launches}:
-        calls = inspect.getsource(kernel.fn).count("hint(")
+        source = inspect.getsource(kernel.fn)
+        # What a kernel reads from memory, such as a table of addresses, its launcher's own tests look at.
+        calls = source.count("hint(") - source.count("hint(_entry(")
         assert calls == len(promises(kernel.fn)), kernel.fn.__name__

@@ -33,7 +33,7 @@ def tables(arch: int) -> Iterator[tuple[str, Any]]:
     """Name and settings of every row that an architecture has in any table of launch settings."""
     for module in modules():
         for name, value in vars(module).items():
-            if isinstance(value, dict) and value and all(isinstance(key, int) for key in value):
+            if isinstance(value, dict) and value and all(type(key) is int for key in value):
                 for limit, config in value.get(arch, value.get(0, ())):
                     yield f"{module.__name__}.{name}, up to {limit}", config
 
