@@ -15,11 +15,11 @@ from torch._dynamo.utils import counters
 from prx_model import teachers as teachers_module
 from prx_model.teacher_weights import load_timm
 from tests.train.ranks.test_graphs import a_batch, sizes_of, small
+from train.learner.teaching import TeacherLosses, build_teachers
 from train.ranks import graphs
 from train.ranks.graphs import compile_teachers
 from train.recipes import LPIPS, PDINO, REPA, Recipe
-from train.stopwatch import Stopwatch
-from train.teaching import TeacherLosses, build_teachers
+from train.run.stopwatch import Stopwatch
 
 CPU = torch.device("cpu")
 SAMPLES = 3
