@@ -40,11 +40,11 @@ FLOORS = {
     ),
     "benchmarks": (
         ("clock", "learning", "peers", "plain_prx", "roofline"),
-        ("collectives", "flop_table", "machine", "passes", "sizes", "traffic"),
+        ("collectives", "flop_table", "machine", "passes", "sizes", "tiles", "traffic"),
         ("absent_gpu", "denoisers", "measure", "replay"),
         ("summary", "training_step"),
         ("project", "trainer_step"),
-        ("conftest", "figures", "profile_step", "test_*"),
+        ("conftest", "figures", "profile_step", "test_*", "tune"),
         ("dry_step", "report"),
     ),
 }
