@@ -41,11 +41,11 @@ FLOORS = {
     ),
     "benchmarks": (
         ("clock", "learning", "peers", "plain_prx", "roofline"),
-        ("collectives", "flop_table", "machine", "passes", "sizes", "traffic"),
+        ("collectives", "flop_table", "machine", "passes", "sizes", "tiles", "traffic"),
         ("absent_gpu", "denoisers", "measure", "replay"),
         ("summary", "training_step"),
         ("project", "trainer_step"),
-        ("conftest", "figures", "first_step", "profile_step", "test_*"),
+        ("conftest", "figures", "first_step", "profile_step", "test_*", "tune"),
         ("dry_step", "report"),
         ("step_table",),
     ),

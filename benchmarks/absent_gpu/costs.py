@@ -22,7 +22,7 @@ class Efficiencies:
     attention: float = 0.50
     attention_backward: float = 0.40
     ours: float = 0.60
-    """Matrix products of prx_kernels."""
+    """Matrix products of prx_kernels, but the symmetric ones: their tiles are counted (`benchmarks/tiles.py`)."""
     bandwidth: float = 0.85
     gap: float = 1e-6
     """Seconds between two launches."""
@@ -34,7 +34,8 @@ class Efficiencies:
         return (
             f"Assumed: {H200_MATMUL / 1e12:.0f} TFLOP/s and {H200_COPY / 1e12:.1f} TB/s as ceilings; products at "
             f"{self.product:.0%}, convolutions {self.convolution:.0%}, attention {self.attention:.0%} (backward "
-            f"{self.attention_backward:.0%}), our products {self.ours:.0%}, bytes {self.bandwidth:.0%}; "
+            f"{self.attention_backward:.0%}), our products {self.ours:.0%} (symmetric ones as their tiles count), "
+            f"bytes {self.bandwidth:.0%}; "
             f"{self.gap * 1e6:g} µs between launches, at least {self.shortest * 1e6:g} µs each. Collectives and copies "
             "to the host: bytes only, no time."
         )
@@ -77,7 +78,7 @@ def seconds(launch: Launch, assumed: Efficiencies = ASSUMED) -> tuple[float, flo
     if launch.kind in _FREE_OF_TIME:
         return 0.0, 0.0
     floor = max(launch.nbytes / H200_COPY, launch.flop / H200_MATMUL)
-    share: float = getattr(assumed, launch.kind, assumed.product)
+    share: float = getattr(assumed, launch.kind, assumed.product) if launch.share is None else launch.share
     if launch.kind == "attention" and "backward" in launch.name:
         share = assumed.attention_backward
     moved = launch.nbytes / (H200_COPY * assumed.bandwidth)

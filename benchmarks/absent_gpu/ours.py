@@ -6,8 +6,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks import tiles
 from benchmarks.absent_gpu.launchers import Call
 from benchmarks.roofline import Cost
+from prx_kernels.launch import Config
 
 
 def cost(func: Any, arguments: tuple[Any, ...], out: Any, calls: list[Call], default: float) -> Cost:
@@ -24,6 +26,17 @@ def cost(func: Any, arguments: tuple[Any, ...], out: Any, calls: list[Call], def
         flop = float(flop_registry[func._overloadpacket](*arguments, out_val=out))
     rule = _BYTES.get(name)
     return Cost(default if rule is None else float(rule(*arguments)), flop)
+
+
+def share(func: Any, arguments: tuple[Any, ...], calls: list[Call]) -> float | None:
+    """Share of the matrix rate that a symmetric product's tiles allow by count (`benchmarks.tiles`), or None."""
+    if not calls or calls[0].name != "_sym_gemm_tma_kernel":
+        return None
+    (call,) = calls
+    sizes = tuple((name, call.constant(name)) for name in ("ROWS", "COLS", "DEPTH"))
+    config = Config(sizes, call.options.num_warps, call.options.num_stages)
+    batch, n, k = arguments[0].shape
+    return tiles.efficiency(batch, n, k, config)
 
 
 def _symmetric(arguments: tuple[Any, ...], calls: list[Call]) -> Cost:

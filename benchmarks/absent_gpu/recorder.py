@@ -41,6 +41,8 @@ class Launch:
     nbytes: float
     """Least bytes of device memory: each input read once, each output written once."""
     flop: float = 0.0
+    share: float | None = None
+    """Of the matrix rate, where it is counted and not assumed for all of its kind."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,9 +121,11 @@ class Recorder(TorchDispatchMode):
         self.memory.restart()
         self._waited = libraries.waits()
 
-    def add(self, kind: str, name: str, shapes: str, nbytes: float, flop: float = 0.0) -> None:
+    def add(
+        self, kind: str, name: str, shapes: str, nbytes: float, flop: float = 0.0, share: float | None = None
+    ) -> None:
         """Note a launch."""
-        self.launches.append(Launch(self.part, self._graphs[-1], kind, name, shapes, nbytes, flop))
+        self.launches.append(Launch(self.part, self._graphs[-1], kind, name, shapes, nbytes, flop, share))
 
     def count_library_waits(self) -> None:
         """Note the waits that torch's C++ asked libcudart for since the last op."""
@@ -161,11 +165,12 @@ class Recorder(TorchDispatchMode):
             out, calls = launched(func._schema.name, args, kwargs)
         ins, outs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), out))
         given = tuple(args) + tuple(kwargs.values())
+        share = ours.share(func, given, calls)
         cost = ours.cost(func, given, out, calls, _moved(func, args, kwargs, ins, outs))
         for call in calls:  # the least traffic is the op's; its kernels share it
             self.calls.setdefault(call.build_key, call)
             name = f"{_short(func).partition('::')[2]}: {call.name}"
-            self.add("ours", name, shape_text(ins), cost.nbytes / len(calls), cost.flop / len(calls))
+            self.add("ours", name, shape_text(ins), cost.nbytes / len(calls), cost.flop / len(calls), share)
         return out
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:

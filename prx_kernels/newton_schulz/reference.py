@@ -24,6 +24,9 @@ def sym_gemm(
     Formed in float32 (float64 for float64) and rounded once. beta = 0 does not read C. A and B of each matrix are
     multiplied by its number in `scales` (...), if there are any.
     """
+    dtype = A.dtype
+    if gamma != 0.0:  # so that a CPU which multiplies bfloat16 does not round before it is added
+        A, B, C = widened(A), widened(B), None if C is None else widened(C)
     if scales is None:
         product = _plus_product(C, A, B.mT, beta=beta, alpha=alpha)
     else:
@@ -32,7 +35,7 @@ def sym_gemm(
     if gamma != 0.0:
         product.diagonal(dim1=-2, dim2=-1).add_(gamma)
     upper = torch.ones(product.shape[-2:], dtype=torch.bool, device=product.device).triu()
-    return torch.where(upper, product, product.mT).to(A.dtype)
+    return torch.where(upper, product, product.mT).to(dtype)
 
 
 def multiply(Q: Tensor, X: Tensor, *, beta: float = 0.0) -> Tensor:

@@ -61,6 +61,17 @@ def _store_tma(x, gamma, out_desc, batch, row, col, SIZE: tl.constexpr):  # type
 
 
 @jit
+def _finish_tma(  # type: ignore[no-untyped-def]
+    acc, alpha, beta, gamma, c_desc, out_desc, batch, row, col, HAS_C: tl.constexpr, SIZE: tl.constexpr
+):
+    """The epilogue of one square tile."""
+    acc *= alpha
+    if HAS_C:
+        acc += beta * c_desc.load([batch, row, col]).reshape(SIZE, SIZE).to(tl.float32)
+    _store_tma(acc, gamma, out_desc, batch, row, col, SIZE)
+
+
+@jit
 def _store(x, gamma, out_ptr, out_row, row, col, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
     """`_store_tma` by pointers."""
     rows = row + tl.arange(0, SIZE)
@@ -94,30 +105,54 @@ def _sym_gemm_tma_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
+    PAIR: tl.constexpr,
 ):
-    """alpha·scale²·A·Bᵀ + beta·C + gamma·I. Descriptors give zeros outside a matrix and write nothing there."""
+    """alpha·scale²·A·Bᵀ + beta·C + gamma·I. Descriptors give zeros outside a matrix and write nothing there.
+
+    With PAIR a tile twice as wide as high is two accumulators: one of 128 × 256 takes more registers than there are.
+    """
     batch, row, col = _tile(tiles, ROWS, COLS)
-    acc = tl.zeros((ROWS, COLS), tl.float32)
-    for depth in range(0, k, DEPTH):
-        if TRANSPOSED:  # stored as (k, n)
-            a = tl.trans(a_desc.load([batch, depth, row]).reshape(DEPTH, ROWS))
-            b = b_desc.load([batch, depth, col]).reshape(DEPTH, COLS)
-        else:
-            a = a_desc.load([batch, row, depth]).reshape(ROWS, DEPTH)
-            b = tl.trans(b_desc.load([batch, col, depth]).reshape(COLS, DEPTH))
-        acc = tl.dot(a, b, acc)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + batch)
         alpha *= scale * scale
-    acc *= alpha
-    if HAS_C:
-        acc += beta * c_desc.load([batch, row, col]).reshape(ROWS, COLS).to(tl.float32)
-    if ROWS == COLS:
-        _store_tma(acc, gamma, out_desc, batch, row, col, ROWS)
+    if PAIR:
+        left = tl.zeros((ROWS, ROWS), tl.float32)
+        right = tl.zeros((ROWS, ROWS), tl.float32)
+        for depth in range(0, k, DEPTH):
+            if TRANSPOSED:
+                a = tl.trans(a_desc.load([batch, depth, row]).reshape(DEPTH, ROWS))
+                b = b_desc.load([batch, depth, col]).reshape(DEPTH, ROWS)
+                c = b_desc.load([batch, depth, col + ROWS]).reshape(DEPTH, ROWS)
+            else:
+                a = a_desc.load([batch, row, depth]).reshape(ROWS, DEPTH)
+                b = tl.trans(b_desc.load([batch, col, depth]).reshape(ROWS, DEPTH))
+                c = tl.trans(b_desc.load([batch, col + ROWS, depth]).reshape(ROWS, DEPTH))
+            left = tl.dot(a, b, left)
+            right = tl.dot(a, c, right)
+        _finish_tma(left, alpha, beta, gamma, c_desc, out_desc, batch, row, col, HAS_C, ROWS)
+        _finish_tma(right, alpha, beta, gamma, c_desc, out_desc, batch, row, col + ROWS, HAS_C, ROWS)
     else:
-        left, right = _halves(acc, ROWS)
-        _store_tma(left, gamma, out_desc, batch, row, col, ROWS)
-        _store_tma(right, gamma, out_desc, batch, row, col + ROWS, ROWS)
+        if HAS_C and not HAS_SCALE:  # before the products: behind them C has no registers to go to
+            acc = (beta / alpha) * c_desc.load([batch, row, col]).reshape(ROWS, COLS).to(tl.float32)
+        else:
+            acc = tl.zeros((ROWS, COLS), tl.float32)
+        for depth in range(0, k, DEPTH):
+            if TRANSPOSED:  # stored as (k, n)
+                a = tl.trans(a_desc.load([batch, depth, row]).reshape(DEPTH, ROWS))
+                b = b_desc.load([batch, depth, col]).reshape(DEPTH, COLS)
+            else:
+                a = a_desc.load([batch, row, depth]).reshape(ROWS, DEPTH)
+                b = tl.trans(b_desc.load([batch, col, depth]).reshape(COLS, DEPTH))
+            acc = tl.dot(a, b, acc)
+        if ROWS == COLS:
+            _finish_tma(acc, alpha, beta, gamma, c_desc, out_desc, batch, row, col, HAS_C and HAS_SCALE, ROWS)
+        else:
+            acc *= alpha
+            if HAS_C and HAS_SCALE:
+                acc += beta * c_desc.load([batch, row, col]).reshape(ROWS, COLS).to(tl.float32)
+            left, right = _halves(acc, ROWS)
+            _store_tma(left, gamma, out_desc, batch, row, col, ROWS)
+            _store_tma(right, gamma, out_desc, batch, row, col + ROWS, ROWS)
 
 
 @jit
@@ -207,18 +242,26 @@ def _tile_config(rows: int, cols: int, depth: int, num_warps: int, num_stages: i
     return Config((("ROWS", rows), ("COLS", cols), ("DEPTH", depth)), num_warps, num_stages)
 
 
-# Keyed on the tiles of 128 × 128 in all upper triangles of the batch. Not yet tuned on a GPU: chosen by counting. On
-# the 132 multiprocessors of an H200 a batch of 1 to 4 matrices of n = 1792 has 105 to 420 such tiles, 79.5 % of whole
-# rounds. Tiles of 64 × 128, two programs a multiprocessor, take 5 half rounds where 128 × 128 takes 3 whole ones (batch
-# 3) and 7 for 4 (batch 4); at batch 1 and 2 the rounds are equal, but one program's epilogue hides under the other's
-# products. Splitting along K would even batch 1 out, at the price of 4-byte partial sums through memory: at n = 1792
-# that costs more than the 20 % of a round it saves. Below a quarter of a round small tiles shorten the critical path.
-_HOPPER = (
-    (33, _tile_config(64, 64, 64, 4, 4)),
-    (420, _tile_config(64, 128, 64, 4, 4)),
-    (2**31 - 1, _tile_config(128, 128, 64, 8, 4)),
+# What `python -m benchmarks.tune` times on a GPU; all build for sm_90 without a spill. Registers a thread, blocks a
+# multiprocessor, and the share of the matrix units' rate that reading and filling shared memory leaves, by count:
+CANDIDATES = (
+    _tile_config(64, 64, 64, 4, 4),  # 104, 3, 50 %
+    _tile_config(64, 128, 64, 4, 4),  # 178, 2, 67 %
+    _tile_config(128, 128, 64, 8, 4),  # 144, 1, 80 %
+    _tile_config(128, 128, 64, 4, 3),  # 255, 2, 80 %
+    _tile_config(128, 256, 64, 8, 4),  # two accumulators: 203, 1, 89 %
 )
-TMA: Table = {90: _HOPPER, 100: _HOPPER, 103: _HOPPER}
+_SMALL, _HALF, _WHOLE, _TWO_BLOCKS, _PAIR = CANDIDATES
+
+# Keyed on the tiles of 128 × 128 in all upper triangles of the batch. Chosen by counting (benchmarks/tiles.py), until
+# `python -m benchmarks.tune` has run on a GPU. On the 132 multiprocessors of an H200 a matrix of n = 1792 has 105 such
+# tiles. Two blocks a multiprocessor hide one's epilogue, which moves as many bytes as a third of its products takes
+# time, under the other's products. A batch of 1 or 3 ends in a round that is not full: halves of tiles fill it better.
+# Splitting along K would even it out, at the price of 4-byte partial sums through memory: at n = 1792 that costs more
+# than the 20 % of a round it saves. Below a quarter of a round small tiles shorten the critical path.
+_HOPPER = ((33, _SMALL), (105, _HALF), (210, _TWO_BLOCKS), (315, _HALF), (2**31 - 1, _TWO_BLOCKS))
+_BLACKWELL = ((33, _SMALL), (420, _HALF), (2**31 - 1, _WHOLE))
+TMA: Table = {90: _HOPPER, 100: _BLACKWELL, 103: _BLACKWELL}
 POINTER: Table = {0: ((33, _tile_config(64, 64, 64, 4, 3)), (2**31 - 1, _tile_config(128, 128, 32, 8, 4)))}
 # Rows that are not of 16·k bytes are read element by element, which takes registers for addresses.
 UNALIGNED: Table = {0: ((2**31 - 1, _tile_config(32, 32, 32, 4, 2)),)}
@@ -232,7 +275,7 @@ def sym_gemm(
     """Write alpha·scales²·A·Bᵀ + beta·C + gamma·I to out, (batch, n, n); no C counts as beta = 0."""
     if out.numel() == 0:
         return
-    if A.dtype == torch.float64 or A.shape[2] == 0:
+    if A.dtype == torch.float64 or A.shape[2] == 0 or alpha == 0.0:
         out.copy_(reference.sym_gemm(A, B, C, alpha=alpha, beta=beta, gamma=gamma, scales=scales))
         return
     transposed = _dense(A.mT) and _dense(B.mT) and not (_dense(A) and _dense(B))
@@ -269,13 +312,15 @@ def _launch_tma(
     transposed: bool, config: Config, scales: Tensor | None = None,
 ) -> None:  # fmt: skip
     rows, cols, depth = (config.options[name] for name in ("ROWS", "COLS", "DEPTH"))
-    _sym_gemm_tma_kernel[(out.shape[0] * _tiles(out.shape[1], config),)](
+    pair = cols > 128
+    width = rows if pair else cols
+    _sym_gemm_tma_kernel[(out.shape[0] * tiles_of(out.shape[1], config),)](
         _descriptor(A, (depth, rows) if transposed else (rows, depth)),
-        _descriptor(B, (depth, cols) if transposed else (cols, depth)),
-        None if C is None else _descriptor(C, (rows, cols)),
+        _descriptor(B, (depth, width) if transposed else (width, depth)),
+        None if C is None else _descriptor(C, (rows, width)),
         _descriptor(out, (rows, rows)),
-        scales, A.shape[1 if transposed else 2], _tiles(out.shape[1], config), alpha, beta, gamma,
-        HAS_C=C is not None, HAS_SCALE=scales is not None, TRANSPOSED=transposed, **config.options,
+        scales, A.shape[1 if transposed else 2], tiles_of(out.shape[1], config), alpha, beta, gamma,
+        HAS_C=C is not None, HAS_SCALE=scales is not None, TRANSPOSED=transposed, PAIR=pair, **config.options,
     )  # fmt: skip
 
 
@@ -286,13 +331,13 @@ def _launch_pointer(
     c = out if C is None else C  # not read without C
     n, k = out.shape[1], A.shape[1 if transposed else 2]
     strides = [stride for x in (A, B, c, out) for stride in x.stride()[:2]]
-    _sym_gemm_pointer_kernel[(out.shape[0] * _tiles(n, config),)](
-        A, B, c, out, scales, n, k, _tiles(n, config), *strides, alpha, beta, gamma, HAS_C=C is not None,
+    _sym_gemm_pointer_kernel[(out.shape[0] * tiles_of(n, config),)](
+        A, B, c, out, scales, n, k, tiles_of(n, config), *strides, alpha, beta, gamma, HAS_C=C is not None,
         HAS_SCALE=scales is not None, TRANSPOSED=transposed, ALIGN=_alignment([A, B, c, out]), **config.options,
     )  # fmt: skip
 
 
-def _tiles(n: int, config: Config) -> int:
+def tiles_of(n: int, config: Config) -> int:
     """Tiles of one matrix that reach its diagonal or lie above it; the last may hold nothing but padding."""
     rows, cols = config.options["ROWS"], config.options["COLS"]
     side = -(-n // cols)

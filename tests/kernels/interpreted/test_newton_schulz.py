@@ -9,7 +9,7 @@ from prx_kernels.launch import jit, tl
 from prx_kernels.newton_schulz import symmetric_kernels as kernels
 from tests.kernels.newton_schulz import checks
 
-DESCRIPTOR_CONFIGS = [config for _, config in kernels.TMA[90]]
+DESCRIPTOR_CONFIGS = list(kernels.CANDIDATES)
 POINTER_CONFIGS = [config for table in (kernels.POINTER, kernels.UNALIGNED, kernels.FLOAT32) for _, config in table[0]]
 
 
@@ -45,7 +45,7 @@ def test_every_configuration_with_descriptors(shape, config):
     checks.check_config(shape, torch.float16, "cpu", config, tma=True)
 
 
-@pytest.mark.parametrize("config", [*POINTER_CONFIGS, *DESCRIPTOR_CONFIGS])
+@pytest.mark.parametrize("config", [*POINTER_CONFIGS, *(c for _, c in kernels.TMA[90])])
 @pytest.mark.parametrize("shape", [(1, 17, 5), (2, 130, 40)])
 def test_every_configuration_with_pointers(shape, config):
     checks.check_config(shape, torch.float16, "cpu", config, tma=False)

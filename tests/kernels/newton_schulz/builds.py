@@ -21,6 +21,8 @@ def tma(config: Config, element: str, arch: int, *, has_c: bool = True, transpos
     def descriptor(first: int, second: int) -> str:
         return f"tensordesc<{element}[1, {first}, {second}]>"
 
+    pair = cols > 128
+    cols = rows if pair else cols
     arguments = {
         "a_desc": descriptor(depth, rows) if transposed else descriptor(rows, depth),
         "b_desc": descriptor(depth, cols) if transposed else descriptor(cols, depth),
@@ -29,7 +31,12 @@ def tma(config: Config, element: str, arch: int, *, has_c: bool = True, transpos
         "tiles": "i32",
         **SCALES,
     }
-    constants = {"HAS_C": has_c, "HAS_SCALE": not has_c, "TRANSPOSED": transposed}  # X·Xᵀ has scales and no C
+    constants = {
+        "HAS_C": has_c,
+        "HAS_SCALE": not has_c,
+        "TRANSPOSED": transposed,
+        "PAIR": pair,
+    }  # X·Xᵀ has scales and no C
     if has_c:
         arguments["c_desc"] = descriptor(rows, cols)
         constants["scale_ptr"] = None
@@ -50,7 +57,8 @@ def pointer(config: Config, element: str, arch: int, *, align: int, transposed: 
 def with_descriptors(arch: int) -> Iterator[tuple[str, Build]]:
     """Every form on sm_90; elsewhere those that need most registers."""
     elements = ("fp16", "bf16") if arch == 90 else ("fp16",)
-    for size, config in kernels.TMA[arch]:
+    rows = list(enumerate(kernels.CANDIDATES)) if arch == 90 else kernels.TMA[arch]
+    for size, config in rows:
         for element in elements:
             for has_c, transposed in ((True, False), (False, True))[: 2 if element == "fp16" and arch < 103 else 1]:
                 name = f"tma {size} {element} C={has_c} transposed={transposed}"

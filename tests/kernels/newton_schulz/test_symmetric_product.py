@@ -207,6 +207,11 @@ def test_pointer_kernels_build_without_spills(arch):
         assert set(made.accesses("st")) == {16 if name.startswith("divide") else 4}, name
 
 
+def test_every_row_is_a_candidate_and_every_candidate_differs():
+    assert {config for rows in kernels.TMA.values() for _, config in rows} <= set(kernels.CANDIDATES)
+    assert len(set(kernels.CANDIDATES)) == len(kernels.CANDIDATES)
+
+
 def test_tables_have_a_row_for_every_size():
     for table in (kernels.TMA, kernels.POINTER, kernels.UNALIGNED, kernels.FLOAT32):
         for rows in table.values():
@@ -219,7 +224,7 @@ def test_small_batches_leave_no_multiprocessor_idle():
     for batch in (1, 2, 3, 4, 16):
         size = batch * 105
         (config,) = [c for limit, c in kernels.TMA[90] if size <= limit][:1]
-        programs = batch * kernels._tiles(1792, config)
+        programs = batch * kernels.tiles_of(1792, config)
         assert programs >= 132
         # Programs that one multiprocessor runs beside one another: 227 KiB of shared memory.
         rows, cols, depth = (config.options[name] for name in ("ROWS", "COLS", "DEPTH"))
