@@ -198,6 +198,8 @@ class Evaluation:
     """Pictures in a sample grid."""
     raw: Literal["no", "loss", "all"] = "loss"
     """What is measured with the raw weights too: nothing, the held-out loss, or the distances as well."""
+    protocol: Literal["prx", "standard"] = "standard"
+    """How distances are measured, train/evaluation/distances.py: as PRX's code does ("prx_fid", …), or "fid", …"""
     fid: bool = False
     """Frechet Inception distance of drawn to validation pictures (https://arxiv.org/abs/1706.08500)."""
     cmmd: bool = False
@@ -212,8 +214,8 @@ class Evaluation:
     """timm's name of CLIP ViT-L/14 at 336 pixels, with the activation it was trained with."""
     clip_weights: str = ""
     """A file or folder with the network's weights; timm's hub unless given; "random" for none."""
-    dino_network: str = "vit_large_patch14_dinov2"
-    """timm's name of DINOv2 ViT-L/14."""
+    dino_network: str = ""
+    """timm's name; DINOv2 ViT-L/14 unless given, with registers where the protocol is prx."""
     dino_weights: str = ""
     """A file or folder with the network's weights; timm's hub unless given; "random" for none."""
 
@@ -386,6 +388,7 @@ def prx_512() -> Recipe:
         ema=EMASettings(decay=0.999, every=10, phase="last"),
         train=Train(steps=100_000, batch=1024, warmup=1_000, clip=0.2, init="torch"),
         sampling=Sampling(steps=50, guidance=3.5, guidance_kind="self", routed_tokens="once", time_grid="linear"),
+        evaluation=Evaluation(protocol="prx"),
     )
 
 

@@ -81,6 +81,7 @@ STAGE_1 = {
     "ema.decay": 0.999,
     "ema.every": 10,
     "ema.phase": "last",
+    "evaluation.protocol": "prx",
 }
 STAGE_2 = STAGE_1 | {
     "data.height": 1024,

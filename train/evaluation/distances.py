@@ -1,7 +1,16 @@
 """How far drawn pictures are from real ones: FID, CMMD and DINO-MMD (a run's `evaluation` section).
 
 FID is torchmetrics' formula over torch-fidelity's Inception. CMMD and DINO-MMD are one formula, `mmd`, over unit
-embeddings of CLIP and of DINOv2; like FID, they depend on the number of pictures, but have no bias by it.
+embeddings of CLIP and of DINOv2. There are two protocols (`evaluation.protocol`), and a figure is named after its own:
+
+|          | standard: fid, cmmd, dino_mmd                | prx: prx_fid, prx_cmmd, prx_dino_mmd           |
+|----------|----------------------------------------------|------------------------------------------------|
+| FID      | of the pictures                              | of `-picture mod 256`, see `WrappedFID`        |
+| MMD      | unbiased                                     | biased: pairs of a picture with itself count   |
+| CLIP     | short edge to 336 px, centre crop            | the same                                       |
+| DINOv2   | without registers, 224 px, antialiased       | with registers, 518 px, bicubic, not antialiased |
+
+"prx" is what PRX's code computes, for figures to hold against its own; "standard" is what to compare models by.
 """
 
 import io
@@ -22,18 +31,22 @@ SIGMA, SCALE = 10.0, 1_000.0
 """The kernel's width, and what the distance is multiplied by (https://arxiv.org/abs/2401.09603, section 4)."""
 DINO_SIZE = 224
 """Pixels a side of DINOv2's input, as in FD-DINOv2 (https://arxiv.org/abs/2306.04675)."""
+PRX_DINO_SIZE = 518
+"""The same in PRX's code: the size that DINOv2 was trained at last."""
+DINO_NETWORKS = {"standard": "vit_large_patch14_dinov2", "prx": "vit_large_patch14_reg4_dinov2"}
 _ROWS = 1_024
 
 
-def mmd(x: Tensor, y: Tensor, *, sigma: float = SIGMA, scale: float = SCALE) -> Tensor:
+def mmd(x: Tensor, y: Tensor, *, sigma: float = SIGMA, scale: float = SCALE, biased: bool = False) -> Tensor:
     """Squared maximum mean discrepancy of two sets of vectors, times `scale`; a 0-dim float64 tensor.
 
     The unbiased estimator of the CMMD paper: with k(a, b) = exp(-|a - b|²/(2·sigma²)),
     `mean_{i≠j} k(x_i, x_j) + mean_{i≠j} k(y_i, y_j) - 2·mean k(x_i, y_j)`. It may fall below zero where the sets are
-    alike. (Leaving i = j in, as its authors' code does, adds about (1 - mean k)/count of each set, times `scale`.)
+    alike. Leaving i = j in, as its authors' code does, adds about (1 - mean k)/count of each set, times `scale`.
 
     Args:
         x: (m, width), y: (n, width); any floating dtype, sums are formed in float64.
+        biased: leave i = j in.
 
     Raises:
         ValueError: fewer than two vectors in a set, or two widths.
@@ -53,7 +66,10 @@ def mmd(x: Tensor, y: Tensor, *, sigma: float = SIGMA, scale: float = SCALE) -> 
         return torch.stack(sums).sum()
 
     m, n = len(x), len(y)
-    within = (total(x, x) - m) / (m * (m - 1)) + (total(y, y) - n) / (n * (n - 1))
+    if biased:
+        within = total(x, x) / m**2 + total(y, y) / n**2
+    else:
+        within = (total(x, x) - m) / (m * (m - 1)) + (total(y, y) - n) / (n * (n - 1))
     return scale * (within - 2 * total(x, y) / (m * n))
 
 
@@ -78,15 +94,19 @@ class Distances:
     def __init__(self, settings: Evaluation, device: torch.device) -> None:
         self.device, self.has_real = device, False
         self.metrics: dict[str, _Distance] = {}
+        prx = settings.protocol == "prx"
+        name = "prx_{}" if prx else "{}"
         try:
             if settings.fid:
-                self.metrics["fid"] = fid(settings.inception_weights, device)
+                metric = fid(settings.inception_weights, device)
+                self.metrics[name.format("fid")] = WrappedFID(metric) if prx else metric
             if settings.cmmd:
-                clip = Embedder(load_timm(settings.clip_network, settings.clip_weights, with_head=True))
-                self.metrics["cmmd"] = MMD(clip.to(device))
+                clip = Embedder(load_timm(settings.clip_network, settings.clip_weights, with_head=True), crop=True)
+                self.metrics[name.format("cmmd")] = MMD(clip.to(device), biased=prx)
             if settings.dino_mmd:
-                dino = Embedder(load_timm(settings.dino_network, settings.dino_weights), DINO_SIZE)
-                self.metrics["dino_mmd"] = MMD(dino.to(device))
+                network = load_timm(settings.dino_network or DINO_NETWORKS[settings.protocol], settings.dino_weights)
+                dino = Embedder(network, PRX_DINO_SIZE if prx else DINO_SIZE, antialias=not prx)
+                self.metrics[name.format("dino_mmd")] = MMD(dino.to(device), biased=prx)
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -107,8 +127,8 @@ class Distances:
 class MMD:
     """`mmd` of the embeddings of real and drawn pictures."""
 
-    def __init__(self, embed: nn.Module) -> None:
-        self.embed = embed
+    def __init__(self, embed: nn.Module, *, biased: bool = False) -> None:
+        self.embed, self.biased = embed, biased
         self.real: list[Tensor] = []
         self.drawn: list[Tensor] = []
 
@@ -116,7 +136,7 @@ class MMD:
         (self.real if real else self.drawn).append(self.embed(images))
 
     def compute(self) -> Tensor:
-        return mmd(torch.cat(self.drawn), torch.cat(self.real))
+        return mmd(torch.cat(self.drawn), torch.cat(self.real), biased=self.biased)
 
     def reset(self) -> None:
         self.drawn.clear()
@@ -128,22 +148,54 @@ class Embedder(nn.Module):
     Args:
         network: as `load_timm` gives it.
         size: side of its input in pixels; that of its configuration unless given.
+        crop: bring the short edge to `size` and take the centre, as CLIP's own preparation does; else the whole
+            picture is squeezed to a square.
+        antialias: as Pillow does, values then clamped to their range; else plain bicubic, and not clamped.
     """
 
-    def __init__(self, network: nn.Module, size: int | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, size: int | None = None, *, crop: bool = False, antialias: bool = True
+    ) -> None:
         super().__init__()
         config: Any = network.pretrained_cfg
         self.network = network.float().eval().requires_grad_(False)
         self.size: int = size or config["input_size"][-1]
+        self.crop, self.antialias = crop, antialias
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(config[name])[:, None, None])
 
     def forward(self, images: Tensor) -> Tensor:
-        """(batch, 3, H, W) uint8 to (batch, width): resized (bicubic, antialiased as Pillow does), then normalised."""
-        pictures = images.float() / 255
-        pictures = F.interpolate(pictures, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        """(batch, 3, H, W) uint8 to (batch, width): resized (bicubic), then normalised."""
+        height, width = images.shape[2:]
+        short = min(height, width) if self.crop else 0
+        high, wide = (self.size * side // short if self.crop else self.size for side in (height, width))
+        pictures = F.interpolate(images.float() / 255, size=(high, wide), mode="bicubic", antialias=self.antialias)
+        top, left = (high - self.size) // 2, (wide - self.size) // 2
+        pictures = pictures[:, :, top : top + self.size, left : left + self.size]
+        if self.antialias:
+            pictures = pictures.clamp(0, 1)
         out: Tensor = self.network((pictures - self.get_buffer("mean")) / self.get_buffer("std"))
         return F.normalize(out, dim=1)
+
+
+class WrappedFID:
+    """FID as PRX's code computes it: uint8 pictures are multiplied by 255 once more, and wrap at 256.
+
+    It hands uint8 to torchmetrics with `normalize=True`, which is meant for floats in [0, 1]: 0 stays 0, 1 becomes 255,
+    2 becomes 254. Real and drawn pictures go the same way, so its figures have no relation to those of others.
+    """
+
+    def __init__(self, metric: _Distance) -> None:
+        self.metric = metric
+
+    def update(self, images: Tensor, real: bool) -> None:
+        self.metric.update(images * 255, real=real)
+
+    def compute(self) -> Tensor:
+        return self.metric.compute()
+
+    def reset(self) -> None:
+        self.metric.reset()
 
 
 def fid(weights: str, device: torch.device) -> Any:

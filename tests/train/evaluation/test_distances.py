@@ -18,7 +18,7 @@ from tests.train.learner.test_teaching import tiny
 from train.data.loader import open_validation
 from train.errors import UserError
 from train.evaluation import evaluate
-from train.evaluation.distances import MMD, Distances, Embedder, fid, mmd
+from train.evaluation.distances import DINO_NETWORKS, MMD, Distances, Embedder, WrappedFID, fid, mmd
 from train.loop import Trainer
 from train.ranks import parallel
 from train.recipes import Evaluation, Recipe, scenes, shapes
@@ -67,6 +67,19 @@ def test_mmd_has_no_bias_where_the_sets_are_alike() -> None:
     assert draws.min() < 0 < draws.max()
 
 
+def test_the_biased_mmd_is_the_mean_over_all_pairs_themselves_included() -> None:
+    """As CMMD's and PRX's code: `scale·(mean k(x, x) + mean k(y, y) - 2·mean k(x, y))`, written with plain loops."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(7, 5, generator=generator), torch.randn(4, 5, generator=generator) + 1
+
+    def mean(a: torch.Tensor, b: torch.Tensor) -> float:
+        return sum(math.exp(-float((p - q).double().square().sum()) / 200) for p in a for q in b) / (len(a) * len(b))
+
+    expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    assert mmd(x, y, biased=True).item() == pytest.approx(expected, rel=1e-6)
+    assert mmd(x, y, biased=True) > mmd(x, y)
+
+
 @pytest.mark.parametrize("shapes_of", [((1, 3), (4, 3)), ((4, 3), (4, 2)), ((4,), (4,))])
 def test_sets_that_cannot_be_compared_are_refused(shapes_of: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="mmd takes two sets of at least two vectors of one width, got shapes"):
@@ -95,6 +108,89 @@ def test_pictures_are_resized_as_pillow_does_then_normalised_and_embeddings_have
     # Pillow rounds to 1/255 after each of its two passes; the smallest deviation here is 0.25.
     assert np.abs(embed.network.seen[0].permute(1, 2, 0).numpy() - expected).max() < 1.5 / 255 / 0.25
     assert out.norm().item() == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 16), (17, 11), (8, 8)])
+def test_clips_pictures_have_their_short_edge_resized_and_their_centre_cut(height: int, width: int) -> None:
+    """CLIP's own preparation, written with Pillow."""
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    network = Network()
+    Embedder(network, crop=True)(torch.from_numpy(picture).permute(2, 0, 1)[None])
+    wide, high = (int(4 * side / min(height, width)) for side in (width, height))
+    resized = np.asarray(Image.fromarray(picture).resize((wide, high), Image.Resampling.BICUBIC), dtype=np.float32)
+    top, left = (high - 4) // 2, (wide - 4) // 2
+    expected = (resized[top : top + 4, left : left + 4] / 255 - np.array([0.5, 0.25, 0.0])) / np.array([0.5, 0.25, 1.0])
+    assert np.abs(network.seen[0].permute(1, 2, 0).numpy() - expected).max() < 1.5 / 255 / 0.25
+
+
+def test_prx_s_dinov2_sees_plain_bicubic_pictures_that_are_not_clamped() -> None:
+    """Keys' cubic (a = -0.75) at four points a side, written out: pixel centres `(i + 1/2)·scale - 1/2`, edges kept."""
+    picture = np.random.default_rng(0).integers(0, 2, (12, 16, 3)).astype(np.uint8) * 255
+
+    def weights(distance: float) -> float:
+        d, a = abs(distance), -0.75
+        if d <= 1:
+            return (a + 2) * d**3 - (a + 3) * d**2 + 1
+        return a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a if d < 2 else 0.0
+
+    def rows(size: int) -> np.ndarray:
+        matrix = np.zeros((4, size))
+        for i in range(4):
+            centre = (i + 0.5) * size / 4 - 0.5
+            for place in range(math.floor(centre) - 1, math.floor(centre) + 3):
+                matrix[i, min(max(place, 0), size - 1)] += weights(centre - place)
+        return matrix
+
+    network = Network()
+    Embedder(network, antialias=False)(torch.from_numpy(picture).permute(2, 0, 1)[None])
+    square = np.einsum("ih,hwc,jw->ijc", rows(12), picture / 255, rows(16))
+    assert square.min() < -0.01
+    expected = (square - np.array([0.5, 0.25, 0.0])) / np.array([0.5, 0.25, 1.0])
+    assert np.abs(network.seen[0].permute(1, 2, 0).numpy() - expected).max() < 1e-5
+
+
+def test_each_protocol_has_its_networks_and_its_names() -> None:
+    with pytest.warns(UserWarning, match="RANDOM weights, as asked"):
+        standard, prx = (Distances(replace(SMALL, protocol=name), CPU).metrics for name in ("standard", "prx"))
+    assert set(standard) == {"cmmd", "dino_mmd"}
+    assert set(prx) == {"prx_cmmd", "prx_dino_mmd"}
+    for metrics, name, size, crop, antialias, biased in (
+        (standard, "cmmd", 224, True, True, False),
+        (standard, "dino_mmd", 224, False, True, False),
+        (prx, "prx_cmmd", 224, True, True, True),
+        (prx, "prx_dino_mmd", 518, False, False, True),
+    ):
+        metric = metrics[name]
+        assert isinstance(metric, MMD)
+        embed = metric.embed
+        assert isinstance(embed, Embedder)
+        assert (embed.size, embed.crop, embed.antialias, metric.biased) == (size, crop, antialias, biased)
+    assert DINO_NETWORKS == {"standard": "vit_large_patch14_dinov2", "prx": "vit_large_patch14_reg4_dinov2"}
+
+
+def test_prx_s_fid_sees_what_torchmetrics_makes_of_uint8_by_normalize() -> None:
+    """`(pictures * 255).byte()`, its own words, on every level there is."""
+
+    class Seen:
+        def update(self, images: torch.Tensor, real: bool) -> None:
+            self.images, self.real = images, real
+
+        def compute(self) -> torch.Tensor:
+            return torch.tensor(3.0)
+
+        def reset(self) -> None:
+            self.real = False
+
+    levels = torch.arange(256).to(torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    seen = Seen()
+    metric = WrappedFID(seen)
+    metric.update(levels, real=True)
+    assert seen.real
+    assert torch.equal(seen.images, (levels * 255).byte())
+    assert seen.images[0, 0].flatten()[:4].tolist() == [0, 255, 254, 253]
+    assert float(metric.compute()) == 3.0
+    metric.reset()
+    assert not seen.real
 
 
 def test_an_mmd_keeps_the_real_pictures_over_a_reset() -> None:
