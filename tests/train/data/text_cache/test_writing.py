@@ -137,7 +137,7 @@ def test_a_shard_lost_since_more_ranks_wrote_is_written_again(recipe: Recipe, tm
     (tmp_path / "cache" / next(iter(listed))).unlink()
     assert sentence(lambda: cached(shared)).endswith("copy it back, or run train/precompute_text.py again")
     said = [precompute(shared, World(rank, 2, CPU)) for rank in range(2)]
-    assert 1 <= sum(int(line.split("encoded ")[1].split()[0]) for line in said) < 20
+    assert 1 <= sum(int(line.split("encoded ")[1].split()[0]) for line in said) < 43
     texts = list(dict.fromkeys(all_captions(recipe)))
     assert torch.equal(cached(shared).encode(texts)[0], cached(recipe).encode(texts)[0])
 
