@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .norms import Measured
 from .owners import is_dtensor, local
+from .plan import Step
 
 State = dict[str, Tensor]
 
@@ -44,6 +46,23 @@ def any_nonfinite(params: Sequence[Any], squares: Sequence[Tensor]) -> Tensor:
         for dim in range(mesh.ndim):
             if mesh.size(dim) > 1:
                 torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=mesh.get_group(dim))
+    return found
+
+
+def step_all(groups: Sequence[Mapping[str, Any]], now: Step, measured: Measured) -> Tensor | None:
+    """One step of all groups, with the working copies of their parameters; 1.0 where it is left out, None for none."""
+    params = [param for group in groups for param in group["params"]]
+    if not params:
+        return None
+    if measured.norm is None:
+        found = any_nonfinite(params, measured.adam)
+    else:  # one norm for all: what is not finite anywhere is left out everywhere
+        found = (~measured.norm.isfinite()).to(local(params[0]).device, torch.float32, non_blocking=True)
+    for group in groups:
+        step(group, now.states, now.gradients, found, now.factor)
+    copied = [param for param in params if param in now.copies]
+    if copied:
+        torch._foreach_copy_([now.copies[param] for param in copied], [local(param) for param in copied])
     return found
 
 

@@ -6,7 +6,7 @@ order as a run that goes on with the wrong momentum.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,3 +144,24 @@ def check_group(group: Mapping[str, Any]) -> None:
             first, second = (label(group, i, 0).removesuffix(" of group 0") for i in (seen[id(param)], position))
             raise ValueError(f"a group must hold each parameter once, and {first} is {second} as well")
         seen[id(param)] = position
+
+
+def matched(
+    groups: Sequence[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> Iterator[tuple[dict[str, Any], Any, Mapping[str, Any]]]:
+    """Every parameter with its group and what a state that fits (`check_state`) has for it, {} for nothing."""
+    saved = (key for group in state_dict["param_groups"] for key in group["params"])
+    for group in groups:
+        for param in group["params"]:
+            yield group, param, state_dict["state"].get(next(saved), {})
+
+
+def check_capture(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a step that a CUDA graph captures with a learning rate that would be a constant in it."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        for number, group in enumerate(groups):
+            if not (group["capturable"] and isinstance(group["lr"], Tensor)):
+                raise RuntimeError(
+                    f"a captured step needs capturable=True and a learning rate in a tensor, "
+                    f"but group {number} has capturable {group['capturable']} and lr {group['lr']}"
+                )

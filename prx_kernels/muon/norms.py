@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .owners import is_dtensor
+from .owners import is_dtensor, local
 from .passes import square_sums
+from .plan import Plan
 
 Groups = tuple[Any, ...]  # process groups over which the rows of a parameter are spread
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a step knows of its gradients before it changes anything."""
+
+    squares: list[Tensor | None]
+    """Squared norms of every plan's parts, where it needs them."""
+    adam: list[Tensor]
+    """Those of AdamW's parameters."""
+    norm: Tensor | None
+    """Of all gradients on all ranks, where they are clipped."""
+    factor: Tensor | None
+    """What clipping multiplies them by."""
+
+
+def measure(
+    plans: Sequence[Plan],
+    groups: Sequence[Mapping[str, Any]],
+    gradients: Mapping[Any, Tensor],
+    max_norm: float | None,
+    device: torch.device,
+) -> Measured:
+    """Norms of the gradients, in one pass over those that are needed.
+
+    Args:
+        gradients: this rank's parts.
+        max_norm: what all of them together are clipped to; None: they are not.
+        device: of the norm.
+    """
+    adam: dict[tuple[torch.device, Groups], list[Tensor]] = {}
+    for group in groups:
+        for param in group["params"] if not group["use_muon"] else ():
+            parts = adam.setdefault((local(param).device, groups_of(param)), [])
+            parts += [gradients[param]] if param in gradients else []
+    needed = [plan.measured or max_norm is not None for plan in plans]
+    lists = [plan.gradient_parts(gradients) if need else [] for plan, need in zip(plans, needed, strict=True)]
+    found = sums_of_squares([*lists, *adam.values()], device)
+    muon = [x if plan.measured else None for x, plan in zip(found, plans, strict=False)]
+    rest = found[len(lists) :]
+    if max_norm is None:
+        return Measured(muon, rest, None, None)
+    spread = [groups_of(plan.members[0].param) for plan in plans] + [groups for _, groups in adam]
+    norm = total_norm(found, spread, device)
+    return Measured(muon, rest, norm, clip_factor(norm, max_norm))
 
 
 def groups_of(param: Any) -> Groups:

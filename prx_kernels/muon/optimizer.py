@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..newton_schulz.iteration import newton_schulz
-from ..newton_schulz.polynomials import COEFFICIENTS, Coefficients, newton_schulz_flop, polynomials, safe_restarts
+from ..newton_schulz.polynomials import COEFFICIENTS, Coefficients
 from . import adamw
-from .exchange import Exchange
-from .fitting import Settings, check_group, check_state, label
-from .norms import Groups, clip_factor, groups_of, sums_of_squares, total_norm
-from .owners import Block, Layout, gradient, layout_of, local
-from .plan import Member, Plan, Step
+from .fitting import Settings, check_capture, check_group, check_state, label, matched
+from .norms import Measured, measure
+from .owners import gradient, local
+from .plan import Plan, Step
+from .planning import check_parameter, check_split_names, plans_of
 
 
 class Muon(torch.optim.Optimizer):
@@ -127,11 +127,11 @@ class Muon(torch.optim.Optimizer):
             "fused": fused,
         }
         super().__init__(params, defaults)
-        self._check_split_names()
+        check_split_names(self.param_groups, self._settings)
         devices = [local(p).device for group in self.param_groups for p in group["params"]]
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=devices[0] if devices else None)
         self.grad_norm = torch.zeros((), dtype=torch.float32, device=self.nonfinite.device)
-        self._plans = self._plan()
+        self._plans = plans_of(self.param_groups, self._settings)
 
     # --- parameters and state ------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Muon(torch.optim.Optimizer):
         try:
             check_group(group)
             for i, param in enumerate(group["params"]):
-                self._check_param(group, param, label(group, i, len(self.param_groups) - 1))
+                check_parameter(group, param, label(group, i, len(self.param_groups) - 1), self._settings)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -156,45 +156,6 @@ class Muon(torch.optim.Optimizer):
             self._fill_state(group, param)
         _place_lr(group)
         self._plans = None
-
-    def _check_param(self, group: dict[str, Any], param: Any, label: str) -> None:
-        if not param.is_floating_point():
-            raise TypeError(f"Muon needs floating-point parameters, but {label} is {param.dtype}")
-        if group["use_muon"] and param.ndim != 2:
-            raise ValueError(
-                f"Muon orthogonalises matrices, but {label} has shape {tuple(param.shape)}; "
-                f"put it into a group with use_muon=False, which runs AdamW"
-            )
-        if group["use_muon"]:
-            self._parts(group, param, label)
-            layout_of(param, self._settings.mesh, label)
-
-    def _parts(self, group: dict[str, Any], param: Any, label: str) -> tuple[int, ...]:
-        """Row counts of the matrices that a parameter consists of."""
-        names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
-        given = self._settings.split_sizes
-        of_group = group["split_sizes"]
-        if isinstance(of_group, Mapping):
-            of_group = of_group.get(names.get(id(param)))
-        sizes = given.get(param, given.get(names.get(id(param)), of_group))
-        if sizes is None:
-            return (param.shape[0],)
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or sum(sizes) != param.shape[0]:
-            raise ValueError(
-                f"split_sizes must be positive numbers of rows that add up to {param.shape[0]} for {label}, "
-                f"got {tuple(sizes)}"
-            )
-        return tuple(sizes)
-
-    def _check_split_names(self) -> None:
-        known: set[Any] = set()
-        for group in self.param_groups:
-            if group["use_muon"]:
-                known.update(group["params"], group.get("param_names", ()))
-        for key in self._settings.split_sizes:
-            if key not in known:
-                what = f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else repr(key)
-                raise ValueError(f"split_sizes names {what}, which is no parameter of a Muon group")
 
     def _fill_state(self, group: dict[str, Any], param: Any) -> None:
         state = self.state[param]
@@ -223,10 +184,7 @@ class Muon(torch.optim.Optimizer):
                 group.setdefault(key, value)
             _place_lr(group)
         # torch casts state to the dtype of the parameter; the momentum has one of its own.
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [(group, param) for group in self.param_groups for param in group["params"]]
-        for key, (group, param) in zip(saved, params, strict=True):
-            given = state_dict["state"].get(key, {})
+        for group, param, given in matched(self.param_groups, state_dict):
             if group["use_muon"] and "momentum_buffer" in given:
                 buffer = given["momentum_buffer"].to(device=param.device, dtype=self._momentum_dtype(param), copy=True)
                 self.state[param]["momentum_buffer"] = buffer
@@ -268,56 +226,36 @@ class Muon(torch.optim.Optimizer):
         Returns:
             What `closure` gives.
         """
-        self._check_capture()
+        check_capture(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update(max_norm, copies or {})
+        return loss
+
+    def _update(self, max_norm: float | None, copies: Mapping[Any, Tensor]) -> None:
+        """Measure the gradients; then AdamW while the first matrices travel, and Muon plan by plan."""
         if self._plans is None:
-            self._plans = self._plan()
+            self._plans = plans_of(self.param_groups, self._settings)
         params = [param for group in self.param_groups for param in group["params"]]
         # In one order on all ranks, also where this one has no row: they may have to send gradients to one another.
         gradients = {param: gradient(param) for param in params if param.grad is not None}
-        squares, adam_squares, factor = self._measure(gradients, max_norm)
-        step = Step(self.param_groups, self.state, gradients, self._orthogonalise, factor, copies or {})
-        meanwhile = [lambda: self._step_adamw(step, adam_squares)] + [_nothing] * (len(self._plans) - 1)
+        measured = measure(self._plans, self.param_groups, gradients, max_norm, self.nonfinite.device)
+        if measured.norm is not None:
+            self.grad_norm = measured.norm
+        step = Step(self.param_groups, self.state, gradients, self._orthogonalise, measured.factor, copies)
+        meanwhile = [lambda: self._step_adamw(step, measured)] + [_nothing] * (len(self._plans) - 1)
         if not self._plans:
             meanwhile[0]()
-        for plan, known, other in zip(self._plans, squares, meanwhile, strict=False):
-            self.nonfinite += plan.run(step, known, other)
-        return loss
+        for plan, squares, other in zip(self._plans, measured.squares, meanwhile, strict=False):
+            self.nonfinite += plan.run(step, squares, other)
 
-    def _measure(
-        self, gradients: Mapping[Any, Tensor], max_norm: float | None
-    ) -> tuple[list[Tensor | None], list[Tensor], Tensor | None]:
-        """Squared norms of the gradients: of each plan's parts if they are needed, and of AdamW's; the clip factor."""
-        assert self._plans is not None
-        adam: dict[tuple[torch.device, Groups], list[Tensor]] = {}
-        for group in self.param_groups:
-            for param in group["params"] if not group["use_muon"] else ():
-                parts = adam.setdefault((local(param).device, groups_of(param)), [])
-                parts += [gradients[param]] if param in gradients else []
-        wanted = [plan.measured or max_norm is not None for plan in self._plans]
-        lists = [
-            plan.gradient_parts(gradients) if needed else [] for plan, needed in zip(self._plans, wanted, strict=True)
-        ]
-        found = sums_of_squares([*lists, *adam.values()], self.nonfinite.device)
-        muon, rest = found[: len(lists)], found[len(lists) :]
-        factor = None
-        if max_norm is not None:
-            spread = [groups_of(plan.members[0].param) for plan in self._plans] + [groups for _, groups in adam]
-            self.grad_norm = total_norm(found, spread, self.nonfinite.device)
-            factor = clip_factor(self.grad_norm, max_norm)
-        return [x if plan.measured else None for x, plan in zip(muon, self._plans, strict=True)], rest, factor
-
-    def _check_capture(self) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            for number, group in enumerate(self.param_groups):
-                if not (group["capturable"] and isinstance(group["lr"], Tensor)):
-                    raise RuntimeError(
-                        f"a captured step needs capturable=True and a learning rate in a tensor, "
-                        f"but group {number} has capturable {group['capturable']} and lr {group['lr']}"
-                    )
+    def _step_adamw(self, step: Step, measured: Measured) -> None:
+        groups = [group for group in self.param_groups if not group["use_muon"]]
+        found = adamw.step_all(groups, step, measured)
+        if found is not None:
+            self.nonfinite += found.to(self.nonfinite.device, torch.int64, non_blocking=True)
 
     def _orthogonalise(self, matrices: list[Tensor], group: dict[str, Any], scales: Tensor | None) -> list[Tensor]:
         return newton_schulz(
@@ -330,54 +268,6 @@ class Muon(torch.optim.Optimizer):
             preconditioner=self._settings.ns_preconditioner,
             scales=scales,
         )
-
-    def _step_adamw(self, step: Step, squares: list[Tensor]) -> None:
-        groups = [group for group in self.param_groups if not group["use_muon"]]
-        params = [param for group in groups for param in group["params"]]
-        if not params:
-            return
-        if step.factor is None:
-            found = adamw.any_nonfinite(params, squares)
-        else:  # one norm for all: what is not finite anywhere is left out everywhere
-            found = (~self.grad_norm.isfinite()).to(local(params[0]).device, torch.float32, non_blocking=True)
-        for group in groups:
-            adamw.step(group, self.state, step.gradients, found, step.factor)
-        copied = [param for param in params if param in step.copies]
-        if copied:
-            torch._foreach_copy_([step.copies[param] for param in copied], [local(param) for param in copied])
-        self.nonfinite += found.to(self.nonfinite.device, torch.int64, non_blocking=True)
-
-    def _plan(self) -> list[Plan]:
-        """Every matrix to its owner: one plan for each layout, dtype on the wire and device."""
-        found: dict[tuple[Layout, torch.dtype, torch.device], tuple[list[Member], list[Block]]] = {}
-        for number, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"] if group["use_muon"] else ()):
-                name = label(group, i, number)
-                layout, row = layout_of(param, self._settings.mesh, name), 0
-                wire = torch.float32 if layout.ranks == 1 else self._settings.wire_dtype
-                wire = torch.float64 if param.dtype == torch.float64 else wire
-                members, blocks = found.setdefault((layout, wire, local(param).device), ([], []))
-                for rows in self._parts(group, param, name) if param.numel() else ():
-                    members.append(Member(param, number))
-                    blocks.append(Block(param.shape[0], row, rows, param.shape[1], self._cost(group, rows, param)))
-                    row += rows
-        plans = []
-        for (layout, wire, device), (members, blocks) in found.items():
-            scaled = torch.float64 not in (wire, self._settings.ns_dtype)
-            if blocks:
-                held = self._settings.ns_dtype if scaled else wire
-                plans.append(Plan(members, Exchange(blocks, layout, wire, device), held, scaled))
-        return plans
-
-    def _cost(self, group: dict[str, Any], rows: int, param: Tensor) -> float:
-        """Operations of its Newton-Schulz."""
-        steps = group["ns_steps"]
-        restarts = safe_restarts(polynomials(group["ns_coefficients"], steps), self._settings.ns_dtype)
-        costs = {
-            "gram": newton_schulz_flop(rows, param.shape[1], steps, algorithm="gram", restarts=restarts),
-            "standard": newton_schulz_flop(rows, param.shape[1], steps, algorithm="standard"),
-        }
-        return costs.get(self._settings.ns_algorithm, min(costs.values()))
 
 
 def _place_lr(group: dict[str, Any]) -> None:
