@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -79,13 +80,39 @@ class Exchange:
         for block, owner in enumerate(self.owners):
             owned[owner].append(block)
         most = max(len(own) for own in owned)
-        elements = max(sum(self.blocks[b].rows * self.blocks[b].columns for b in own) for own in owned)
-        count = max(-(-elements // MAX_ELEMENTS), 1 if self.alone or most <= FEW else MIN_BUCKETS)
+        elements = max(sum(map(self._size, own)) for own in owned)
+        if self.alone:
+            return self._in_order(-(-elements // MAX_ELEMENTS))
+        count = max(-(-elements // MAX_ELEMENTS), 1 if most <= FEW else MIN_BUCKETS)
         buckets: list[list[int]] = [[] for _ in range(min(count, most))]
         for own in owned:
             for block, bucket in zip(own, assign_owners([self.blocks[b].cost for b in own], len(buckets)), strict=True):
                 buckets[bucket].append(block)
         return [sorted(bucket) for bucket in buckets]
+
+    def _in_order(self, count: int) -> list[list[int]]:
+        """All blocks in `count` buckets of about as many elements; blocks of one shape stay together where they can."""
+        units: list[list[int]] = []
+        for _, found in groupby(sorted(range(len(self.blocks)), key=lambda b: (self._sides(b), b)), key=self._sides):
+            alike = list(found)
+            parts = -(-sum(map(self._size, alike)) // MAX_ELEMENTS)
+            cuts = [len(alike) * part // parts for part in range(parts + 1)]
+            units += [alike[a:b] for a, b in pairwise(cuts) if a < b]
+        total, at = sum(self._size(block) for unit in units for block in unit), 0
+        buckets: list[list[int]] = [[] for _ in range(count)]
+        for unit in units:
+            size = sum(map(self._size, unit))
+            buckets[(2 * at + size) * count // (2 * total)] += unit
+            at += size
+        return [sorted(bucket) for bucket in buckets if bucket]
+
+    def _size(self, block: int) -> int:
+        return self.blocks[block].rows * self.blocks[block].columns
+
+    def _sides(self, block: int) -> tuple[int, int, bool]:
+        """The smaller side, the larger one, and whether it is tall."""
+        rows, columns = self.blocks[block].rows, self.blocks[block].columns
+        return min(rows, columns), max(rows, columns), rows > columns
 
     def _bucket(self, members: list[int]) -> Bucket:
         shards, shard, replica = self.layout.shards, self.layout.shard, self.layout.replica

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, overload
 
 import torch
@@ -166,8 +167,6 @@ def _orthogonalise(
     aol: bool,
 ) -> list[Tensor]:
     """`newton_schulz` with checked arguments; results are of `dtype`."""
-    counts = [x.shape[:-2].numel() for x in matrices]
-    parts = [None] * len(matrices) if scales is None else scales.split_with_sizes(counts)
     results = [x.new_zeros(x.shape, dtype=dtype) if x.numel() == 0 else x for x in matrices]
     by_shape: dict[tuple[torch.device, int, int], list[int]] = {}
     for i, x in enumerate(matrices):
@@ -180,24 +179,25 @@ def _orthogonalise(
         batches.setdefault((device, min(rows, columns), gram), []).append(members)
     for (device, _, gram), shapes in batches.items():
         with torch.no_grad(), _exact_dtypes(device):
-            stacks = [_stack(matrices, members, dtype, eps, parts) for members in shapes]
+            stacks = [_stack(matrices, members, dtype, eps, scales) for members in shapes]
             (_gram_form if gram else _standard_form)(stacks, steps, restarts, aol)
             for stack in stacks:
                 _unstack(stack, results)
     return results
 
 
-def _stack(
-    matrices: list[Tensor], members: list[int], dtype: torch.dtype, eps: float, scales: Sequence[Tensor | None]
-) -> _Stack:
+def _stack(matrices: list[Tensor], members: list[int], dtype: torch.dtype, eps: float, scales: Tensor | None) -> _Stack:
     """The matrices of one shape behind one another, in the layout they came in; normalised without scales."""
     rows, columns = matrices[members[0]].shape[-2:]
     parts = [matrices[i].reshape(-1, rows, columns) for i in members]
-    given = [scale for scale in [scales[i] for i in members] if scale is not None]
-    if given:
+    if scales is not None:
         X = _behind_one_another(parts)
-        factors = given[0] if len(given) == 1 else torch.cat(given)
-        return _Stack(members, X.mT if rows > columns else X, rows > columns, factors)
+        firsts = [0, *accumulate(x.shape[:-2].numel() for x in matrices)]
+        if members == list(range(members[0], members[-1] + 1)):
+            chosen = scales[firsts[members[0]] : firsts[members[-1] + 1]]
+        else:
+            chosen = torch.cat([scales[firsts[i] : firsts[i + 1]] for i in members])
+        return _Stack(members, X.mT if rows > columns else X, rows > columns, chosen)
     X = parts[0].new_empty((sum(part.shape[0] for part in parts), rows, columns), dtype=dtype)
     for part, place in zip(parts, X.split_with_sizes([part.shape[0] for part in parts]), strict=True):
         _unit_norm(part, eps, place)
