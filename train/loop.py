@@ -1,42 +1,32 @@
 """The training loop of one stage: steps, and what happens between them; evaluate, save and stop on the way."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from train.checkpoint.checkpointer import Checkpointer, find_newest, load_into
-from train.checkpoint.state import need
+from train.checkpoint.checkpointer import Checkpointer, load_into
 from train.data.loader import Batch, batches, bucket_counts, fingerprint, notes, open_dataset, open_validation
 from train.data.quarantine import Quarantine
 from train.data.readers import ImageDataset
-from train.errors import UserError
 from train.evaluation import evaluate
-from train.evaluation.distances import Distances
-from train.evaluation.pictures import save_grid
+from train.evaluation.evaluation import Evaluation
 from train.learner.build import check_ranks
 from train.learner.optimizers import learning_rate_factor
 from train.learner.step import Learner
 from train.ranks import faults
-from train.ranks.parallel import World, agree, from_main, patience
+from train.ranks.parallel import World, agree, patience
 from train.recipes import Recipe
-from train.run.folder import (
-    CONFIG,
-    SAMPLES,
-    DamagedConfigError,
-    check_same_data,
-    check_same_run,
-    run_folder,
-    write_config,
-)
+from train.run.folder import SAMPLES, run_folder, write_config
 from train.run.meter import Meter
 from train.run.metrics import Display, Metrics, drop_metrics_after
 from train.run.profiling import Profiler
+from train.run.resuming import Progress, Resuming
 from train.run.stages import carry_over
-from train.shown import address, tell
+from train.shown import tell
 
 _LOG_EVERY = 10
 """Steps between two readings of the loss: the host waits for the device only then."""
@@ -64,17 +54,15 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, world: World, *, stage: int = 0, previous: Path | None = None, force: bool = False
     ) -> None:
-        self.recipe, self.world, self.stage, self.force = recipe, world, stage, force
+        self.recipe, self.world, self.stage = recipe, world, stage
         self.folder = run_folder(recipe)
         check_ranks(recipe, world.size)
-        if (self.folder / CONFIG).exists():
-            self._check_config()
+        resuming = Resuming(recipe, self.folder, world, force=force)
+        resuming.check_config()
         self.dataset = open_dataset(recipe.data, recipe.train.seed, recipe.model.patch_size)
         self.validation = open_validation(recipe.data, recipe.model.patch_size)
-        for note in [*notes(self.dataset, recipe.train.batch), *evaluate.guidance_notes(recipe)]:
-            if world.is_main:
-                tell(f"note: {note}")
-        self.distances = self._open_distances()
+        self._tell_notes()
+        self.evaluation = Evaluation(recipe, world, self.validation)
         self.profiler = Profiler(recipe.profile, self.folder, world)
         self.checkpointer = Checkpointer(self.folder, keep=recipe.checkpoint.keep, timeout=patience(recipe.parallel))
         try:
@@ -82,30 +70,27 @@ class Trainer:
             if world.is_main and isinstance(self.dataset, ImageDataset):
                 self.quarantine.add_shards(self.dataset.index.problems)
             self.learner = Learner(recipe, world, stage=stage)
-            self.first_position, self.spent = 0, 0.0
-            self.step = self._resume()
-            if self.step == 0 and previous is not None:
-                self.first_position = carry_over(previous, self.learner.tensors(), self.checkpointer.group)
+            self._begin(resuming, previous)
         except BaseException:
             self.checkpointer.close()
             raise
 
-    def _open_distances(self) -> Distances | None:
-        """The networks that measure distances, before any step is made: a missing file should not show hours later."""
-        settings = self.recipe.evaluation
-        if not (settings.fid or settings.cmmd or settings.dino_mmd):
-            return None
-        if self.validation is None:
-            raise UserError(
-                f"evaluation.fid, cmmd and dino_mmd compare with validation pictures, and the data at "
-                f"{address(self.recipe.data.path)} have no split 'val'; add one or leave them off"
-            )
-        if min(len(self.validation), settings.samples) < 2:
-            raise UserError(
-                "evaluation.fid, cmmd and dino_mmd need at least 2 pictures, got "
-                f"{len(self.validation)} in the split 'val' and evaluation.samples {settings.samples}"
-            )
-        return Distances(settings, self.world.device) if self.world.is_main else None
+    def _tell_notes(self) -> None:
+        if self.world.is_main:
+            for note in [*notes(self.dataset, self.recipe.train.batch), *evaluate.guidance_notes(self.recipe)]:
+                tell(f"note: {note}")
+
+    def _begin(self, resuming: Resuming, previous: Path | None) -> None:
+        """Go on from the run's newest checkpoint, from the end of the stage before, or from nothing."""
+        found, progress = resuming.find(self.checkpointer.group, fingerprint(self.dataset)) or (None, Progress())
+        self.step, self.first_position, self.spent = progress.step, progress.first_position, progress.seconds
+        if found is not None:
+            load_into(found, self.learner.tensors(), self.checkpointer.group)
+            self.learner.skipped.copy_(torch.tensor(progress.skipped))
+            if self.world.is_main:
+                tell(f"going on with {self.folder} at step {self.step}")
+        elif previous is not None:
+            self.first_position = carry_over(previous, self.learner.tensors(), self.checkpointer.group)
 
     def run(self) -> Outcome:
         """Train to the last step, or until a signal; then evaluate, unless stopped.
@@ -196,28 +181,11 @@ class Trainer:
         self.quarantine.check(substituted, seen)
 
     def _evaluate(self, metrics: Metrics, display: Display, *, final: bool) -> tuple[dict[str, float], Path | None]:
-        """Grid, held-out loss, distances and (at the end) prompt accuracy; the same on every rank.
-
-        "ema/…" and "raw/…" say which weights; grid and prompt accuracy are of the averaged ones.
-        """
-        recipe, world, modules = self.recipe, self.world, self.learner.modules
-        scores: dict[str, float] = {}
-        grid: Path | None = None
-        with self.learner.averaged():
-            prompts = evaluate.grid_prompts(recipe, self.validation)
-            if prompts:
-                grid = self.folder / SAMPLES / f"step-{self.step:08d}.png"
-                pictures = evaluate.draw(modules, prompts, recipe, world, between=self._between)
-                if world.is_main:
-                    save_grid(pictures, prompts, grid)
-                    metrics.picture(self.step, "samples", grid)
-            scores |= self._measure("ema", distances=True)
-            if final and recipe.data.kind in ("shapes", "scenes"):
-                display.say("scoring held-out prompts …")
-                scores |= evaluate.prompt_accuracy(modules, recipe, world, self._between)
-        if recipe.evaluation.raw != "no":
-            scores |= self._measure("raw", distances=recipe.evaluation.raw == "all")
-        scores = from_main(scores, world)
+        """Scores, the same on every rank, and the grid."""
+        path = self.folder / SAMPLES / f"step-{self.step:08d}.png"
+        scores, grid = self.evaluation.run(self.learner, path, final=final, say=display.say, between=self._between)
+        if grid is not None and self.world.is_main:
+            metrics.picture(self.step, "samples", grid)
         metrics.log(self.step, {f"eval/{name}": value for name, value in scores.items()})
         return scores, grid
 
@@ -225,17 +193,6 @@ class Trainer:
         """After every part of an evaluation."""
         self.watchdog.beat()
         self.signals.check()
-
-    def _measure(self, weights: str, *, distances: bool) -> dict[str, float]:
-        """Held-out loss, and the distances that the recipe asks for, of the weights that the modules hold now."""
-        if self.validation is None:
-            return {}
-        modules, recipe, world = self.learner.modules, self.recipe, self.world
-        found = evaluate.held_out_loss(modules, self.validation, recipe, world, self._between)
-        settings = recipe.evaluation
-        if distances and (settings.fid or settings.cmmd or settings.dino_mmd):
-            found |= evaluate.distances(modules, self.validation, recipe, self.distances, world, self._between)
-        return {f"{weights}/{name}": value for name, value in found.items()}
 
     def _save(self, *, wait: bool) -> None:
         """Save in the background, or to the end where nothing else is done before it."""
@@ -251,43 +208,3 @@ class Trainer:
             self.checkpointer.save(self.step, self.learner.tensors(), facts, wait=wait)
         self.saved = self.step
         self.watchdog.beat()
-
-    def _resume(self) -> int:
-        """Load the newest whole checkpoint of the run's folder; gives the steps done."""
-        recipe = self.recipe
-        found = find_newest(self.folder, self.checkpointer.group)
-        if found is None:
-            return 0
-        self._insist(lambda: check_same_run(found.folder, recipe))
-        before, now = found.state.get("fingerprint"), fingerprint(self.dataset)
-        self._insist(lambda: check_same_data(found.folder, recipe.data.path, before, now))
-        if found.step > recipe.train.steps:
-            raise UserError(
-                f"{self.folder} has already done {found.step} steps, more than train.steps {recipe.train.steps}; "
-                "start a new run with --output.name"
-            )
-        skipped, first_position, seconds = need(found.folder, found.state, "skipped", "first_position", "seconds")
-        load_into(found, self.learner.tensors(), self.checkpointer.group)
-        self.learner.skipped.copy_(torch.tensor(skipped))
-        self.first_position, self.spent = first_position, float(seconds)
-        if self.world.is_main:
-            tell(f"going on with {self.folder} at step {found.step}")
-        return found.step
-
-    def _check_config(self) -> None:
-        """Compare with the run's config.json; one that a crash has cut is written anew: a checkpoint has its own."""
-        try:
-            self._insist(lambda: check_same_run(self.folder, self.recipe))
-        except DamagedConfigError as error:
-            if self.world.is_main:
-                tell(f"warning: {error}; the newest checkpoint's counts, and it is written anew")
-
-    def _insist(self, check: Callable[[], None]) -> None:
-        """Make a check whose refusal `--force` turns into a warning."""
-        try:
-            check()
-        except UserError as error:
-            if not self.force or isinstance(error, DamagedConfigError):
-                raise
-            if self.world.is_main:
-                tell(f"warning: {error}; going on, as --force says")
