@@ -82,6 +82,8 @@ VARIANTS: dict[str, tuple[list[str], type[Optimizers]]] = {
     "AdamW, routed": (["--no-muon", "--routing.enabled"], Optimizers),
     "torch.optim.Muon": ([], TorchOptimizers),
     "prx_kernels.Muon": ([], Optimizers),
+    "prx_kernels.Muon, 4 steps": (["--muon.ns-steps", "4"], Optimizers),
+    "prx_kernels.Muon, 4 steps, AOL": (["--muon.ns-steps", "4", "--muon.ns-preconditioner", "aol"], Optimizers),
     "prx_kernels.Muon, routed": (["--routing.enabled"], Optimizers),
 }
 """By name: words of the command, and what updates the weights."""

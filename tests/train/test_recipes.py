@@ -69,6 +69,7 @@ STAGE_1 = {
     "muon.nesterov": True,
     "muon.ns_steps": 5,
     "muon.ns_coefficients": (3.4445, -4.7750, 2.0315),
+    "muon.ns_preconditioner": None,
     "muon.weight_decay": 0.0,
     "adam.lr": 1e-4,
     "adam.betas": (0.9, 0.95),

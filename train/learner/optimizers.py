@@ -62,6 +62,7 @@ class Optimizers:
             nesterov=m.nesterov,
             ns_coefficients=m.ns_coefficients,
             ns_steps=m.ns_steps,
+            ns_preconditioner=m.ns_preconditioner,
             adjust_lr_fn="match_rms_adamw",
             ns_dtype=_newton_schulz_dtype(device),
             # Where products are formed in float32, so are the updates that travel.
