@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import prx_kernels
@@ -19,7 +21,6 @@ from benchmarks.peers import eager_on_cpu, require
 from benchmarks.roofline import adamw_step, muon_step, prx_muon_shapes
 from prx_model.config import PRXConfig, prx_1_2b
 from train.ranks import parallel
-from train.recipes import Train
 
 GPU = torch.cuda.is_available()
 TINY = PRXConfig(context_in_dim=16, hidden_size=32, num_heads=2, depth=2, axes_dim=(8, 8), bottleneck_size=16)
@@ -62,7 +63,9 @@ def muon_fsdp2(weights: list[nn.Parameter]) -> Callable[[], Any]:
     """Over a mesh of one rank: 0.3.0 steps sharded weights only. Its shards share the memory of `weights`."""
     from muon_fsdp2 import Muon
 
-    mesh, sharded = parallel.start(Train(precision="bf16")).mesh, []
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    mesh, sharded = init_device_mesh(device().type, (1,)), []
     for weight in weights:
         shard = nn.Parameter(DTensor.from_local(weight.detach(), mesh, [Shard(0)]))
         assert weight.grad is not None
