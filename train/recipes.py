@@ -377,7 +377,7 @@ def prx_512() -> Recipe:
     """Stage 1 of PRX Part 3: 512 px, 100,000 steps of 1,024 pictures, REPA on."""
     return Recipe(
         preset="prx-512",
-        data=Data(kind="images", height=512, width=512, buckets=True, workers=8),
+        data=Data(kind="images", height=512, width=512, buckets=True, fit="stretch", workers=8),
         model=prx_1_2b(),
         text=Text(),
         flow=Flow(),

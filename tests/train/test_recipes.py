@@ -14,6 +14,7 @@ STAGE_1 = {
     "data.height": 512,
     "data.width": 512,
     "data.buckets": True,
+    "data.fit": "stretch",
     "train.steps": 100_000,
     "train.batch": 1024,
     "repa.enabled": True,

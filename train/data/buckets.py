@@ -44,16 +44,20 @@ def bucket_sizes(height: int, width: int, patch: int) -> tuple[Size, ...]:
     return tuple((high * patch, wide * patch) for high, wide in ordered)
 
 
-def assign(pictures: NDArray[np.int32], sizes: Sequence[Size], unknown: Size) -> NDArray[np.int16]:
+def assign(
+    pictures: NDArray[np.int32], sizes: Sequence[Size], unknown: Size, *, linear: bool = False
+) -> NDArray[np.int16]:
     """The bucket (index into `sizes`) nearest to each picture in log aspect ratio: (n,), int16.
 
-    `pictures` is (n, 2), height and width; those with a 0 go to the bucket of size `unknown`.
+    `pictures` is (n, 2), height and width; those with a 0 go to the bucket of size `unknown`. With `linear` nearest in
+    width over height itself, as PRX does: tall pictures then go to taller buckets.
     """
-    ratios = np.log([width / height for height, width in sizes])
+    scale = np.asarray if linear else np.log
+    ratios = scale([width / height for height, width in sizes])
     borders = (ratios[1:] + ratios[:-1]) / 2
     known = (pictures > 0).all(axis=1)
     high, wide = (np.where(known, pictures[:, axis], 1).astype(np.float64) for axis in (0, 1))
-    nearest = np.searchsorted(borders, np.log(wide / high)).astype(np.int16)
+    nearest = np.searchsorted(borders, scale(wide / high)).astype(np.int16)
     return np.where(known, nearest, np.int16(list(sizes).index(unknown))).astype(np.int16)
 
 

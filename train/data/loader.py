@@ -267,6 +267,7 @@ def _images(data: Data, seed: int, patch: int, split: str) -> ImageDataset:
         shuffle=split == "train",
         buckets=bucket_sizes(data.height, data.width, patch) if data.buckets else (),
         fast_jpeg=data.fast_jpeg,
+        fit=data.fit,
         pictures=_picture_sizes(index, data.size_columns, cache) if data.buckets else None,
     )
 

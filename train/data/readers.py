@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,7 @@ class ImageDataset:
         buckets: Sequence[Size] = (),
         pictures: NDArray[np.int32] | None = None,
         fast_jpeg: bool = False,
+        fit: Literal["crop", "stretch"] = "crop",
     ) -> None:
         if height < 1 or width < 1:
             raise UserError(f"height and width must be at least 1 pixel, got {height} and {width}")
@@ -86,14 +87,19 @@ class ImageDataset:
                 raise UserError(f"{no_column(index.path, name, setting, index.columns)}{without}")
         self.index, self.height, self.width, self.seed = index, height, width, seed
         self.caption_columns, self.flip, self.shuffle = tuple(caption_columns), flip, shuffle
-        self.fast_jpeg = fast_jpeg
+        self.fast_jpeg, self.fit = fast_jpeg, fit
         self.style_column, self.style_prefixes = style_column, dict(style_prefixes or {})
         self.sizes, self.bucket_of = [(height, width)], np.zeros(0, np.int16)
         self.fingerprint = index.fingerprint
         if buckets and pictures is not None:
-            self.sizes, self.bucket_of = list(buckets), assign(pictures, buckets, (height, width))
+            self.sizes, self.bucket_of = (
+                list(buckets),
+                assign(pictures, buckets, (height, width), linear=fit == "stretch"),
+            )
             shapes = hashlib.sha256(self.bucket_of.tobytes()).hexdigest()
             self.fingerprint = sha256([index.fingerprint, shapes, *(f"{h}x{w}" for h, w in buckets)])
+        if fit == "stretch":  # other pixels are other data
+            self.fingerprint = sha256([self.fingerprint, fit])
 
     def __len__(self) -> int:
         return len(self.index)
@@ -166,7 +172,7 @@ class ImageDataset:
         # Before the picture, which costs more.
         caption = self._caption(row, position)
         name = f"{self.index.path}: {row.key}"
-        image = decode(row.image, height=size[0], width=size[1], name=name, fast_jpeg=self.fast_jpeg)
+        image = decode(row.image, height=size[0], width=size[1], name=name, fast_jpeg=self.fast_jpeg, fit=self.fit)
         if self.flip and generator(self.seed, purpose="flip", position=position).random() < self.flip:
             image = np.ascontiguousarray(image[:, ::-1])
         return Example(image, caption, row.key)
@@ -202,8 +208,18 @@ class PlannedImages:
         return self.images.substituted(position, place.row, place.size, self.plan.rows[place.bucket])
 
 
-def decode(source: bytes | Path, *, height: int, width: int, name: str, fast_jpeg: bool = False) -> NDArray[np.uint8]:
+def decode(
+    source: bytes | Path,
+    *,
+    height: int,
+    width: int,
+    name: str,
+    fast_jpeg: bool = False,
+    fit: Literal["crop", "stretch"] = "crop",
+) -> NDArray[np.uint8]:
     """Decode a picture file, scale it (Lanczos) until it covers height × width, and cut out the centre.
+
+    With `fit` "stretch" nothing is cut: the whole picture is scaled to height × width.
 
     Returns (height, width, 3), uint8, sRGB as stored (embedded colour profiles are not applied); transparent parts are
     white, EXIF rotation is undone, of several frames the first is taken. A picture of the exact size is not resampled.
@@ -226,7 +242,7 @@ def decode(source: bytes | Path, *, height: int, width: int, name: str, fast_jpe
             # JPEG only, elsewhere it does nothing: decode at 1/2, 1/4 or 1/8, still this much larger than needed.
             image.draft(None, (math.ceil(covering * image.width), math.ceil(covering * image.height)))
             image.load()  # Before EXIF is read, which decodes a PNG and whose errors do not count.
-            return np.array(_cover(_rgb(_upright(image)), height, width))
+            return np.array((_cover if fit == "crop" else _stretch)(_rgb(_upright(image)), height, width))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(
             f"{name}: the picture is too large ({error}; the limit is {MAX_PIXELS:,} pixels); "
@@ -298,3 +314,10 @@ def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
         return image.crop((int(left), int(top), int(left) + width, int(top) + height))
     box = (left, top, min(left + scale * width, image.width), min(top + scale * height, image.height))
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def _stretch(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Scale the whole picture, whatever becomes of its shape."""
+    if image.size == (width, height):
+        return image
+    return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)

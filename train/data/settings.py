@@ -28,6 +28,10 @@ class Data:
     """Probability of a mirrored picture."""
     buckets: bool = False
     """Pictures keep about their shape: aspect-ratio buckets of about height x width, one a step."""
+    fit: Literal["crop", "stretch"] = "crop"
+    """crop: to the nearest bucket in log aspect ratio; scaled until it is covered, the centre cut out. stretch: to the
+    nearest in aspect ratio, scaled to its sides whatever becomes of the shape, as PRX does.
+    """
     size_columns: tuple[str, str] = ("width", "height")
     """Columns with the pictures' sizes, which need not be read from them then."""
     fast_jpeg: bool = False

@@ -56,6 +56,15 @@ def test_pictures_go_to_the_nearest_log_ratio() -> None:
         assert gaps[number] == pytest.approx(min(gaps))
 
 
+def test_stretched_pictures_go_to_the_nearest_ratio_itself() -> None:
+    random = np.random.default_rng(0).integers(1, 4000, (300, 2)).astype(np.int32)
+    linear = assign(random, SIZES, (1024, 1024), linear=True)
+    for (high, wide), number in zip(random.tolist(), linear, strict=True):
+        gaps = [abs(wide / high - w / h) for h, w in SIZES]
+        assert gaps[number] == pytest.approx(min(gaps))
+    assert (linear != assign(random, SIZES, (1024, 1024))).any()
+
+
 # Small buckets
 
 

@@ -76,6 +76,15 @@ def smooth(height: int, width: int) -> np.ndarray:
     return np.stack([255 * x / width, 255 * y / height, 255 * (x + y) / (width + height)], -1).astype(np.uint8)
 
 
+def test_stretching_cuts_nothing_and_scales_each_axis_by_itself() -> None:
+    pixels = noise(60, 40)
+    made = decode(encoded(Image.fromarray(pixels)), height=30, width=50, name="x", fit="stretch")
+    whole = Image.fromarray(pixels).resize((50, 30), Image.Resampling.LANCZOS)
+    assert np.array_equal(made, np.asarray(whole))
+    exact = decode(encoded(Image.fromarray(pixels)), height=60, width=40, name="x", fit="stretch")
+    assert np.array_equal(exact, pixels)
+
+
 def test_large_jpeg_decoded_at_reduced_scale_equals_full_resampling() -> None:
     # Detail at the scale of the target: decoding at less than its size would lose it.
     picture = Image.fromarray(noise(48, 64)).resize((400, 300), Image.Resampling.BICUBIC)
