@@ -148,3 +148,26 @@ def test_checkpointed_models_are_verified_and_what_was_left_out_is_said():
         model = model_with(checkpoint=partial(checkpoint, use_reentrant=reentrant))
         said = route_blocks(model.blocks, 1, 2, 0.5).verify(lambda model=model: model(*inputs()))
         assert ("no gradients: reentrant checkpoints" in said) == reentrant
+
+
+class KeyBias(Block):
+    """A bias of the key: softmax does not see it, so that its gradient is zero but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key_bias = nn.Parameter(torch.randn(HIDDEN))
+
+    def forward(self, x, c, *rest):
+        x = super().forward(x, c, *rest)
+        return x + (x @ (x + self.key_bias).mT / HIDDEN).softmax(-1) @ x
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_is_no_difference():
+    """As in CogVideoX, whose keys are normed with a bias."""
+    torch.manual_seed(0)
+    model = Model()
+    model.blocks = nn.ModuleList(KeyBias() for _ in range(4))
+    model(*inputs()).square().sum().backward()
+    largest = max(float(p.grad.abs().max()) for p in model.blocks.parameters())
+    assert 0 < float(model.blocks[1].key_bias.grad.abs().max()) < 1e-5 * largest
+    assert "gradients" in route_blocks(model.blocks, 1, 2, 0.5).verify(lambda: model(*inputs()))
