@@ -80,6 +80,9 @@ def patch_embed(
 class BottleneckPatchEmbed(nn.Module):
     """`patch_embed` with its weights; parameters are named as in a Sequential of two Linear: "0.weight" … "1.bias".
 
+    Code written for convolutions finds one map as `proj` and two as `proj1` and `proj2`, with matrices for weights: so
+    initialize_weights() of DiT and JiT runs. A state_dict of such convolutions loads; `as_convolutions` leads back.
+
     Args:
         in_channels: channels of the picture.
         patch_size: p, the side of a patch in pixels.
@@ -126,6 +129,56 @@ class BottleneckPatchEmbed(nn.Module):
             raise ValueError(f"image must be (batch, {self.in_channels}, H, W), got {tuple(image.shape)}")
         noise: dict[str, Any] = {"t": t, "noise_seed": noise_seed, "sample_ids": sample_ids}
         return embed_with(self, image, self.patch_size[0], **noise, noise_scale=noise_scale)
+
+    @property
+    def proj(self) -> nn.Module:
+        """The only map, in timm's name."""
+        return self._map("proj", 0, 1)
+
+    @property
+    def proj1(self) -> nn.Module:
+        """The first of two maps, in JiT's name."""
+        return self._map("proj1", 0, 2)
+
+    @property
+    def proj2(self) -> nn.Module:
+        """The second of two maps, in JiT's name."""
+        return self._map("proj2", 1, 2)
+
+    def _map(self, name: str, number: int, of: int) -> nn.Module:
+        maps = list(self.children())
+        if len(maps) != of:
+            raise AttributeError(f"{type(self).__name__} of {len(maps)} maps has no {name}")
+        return maps[number]
+
+    def as_convolutions(self, *names: str) -> dict[str, Tensor]:
+        """The state_dict of the convolutions that do the same, (out, channels, p, p) and (out, in, 1, 1); views.
+
+        Args:
+            names: what they are called: "proj" for one map and "proj1", "proj2" for two, unless given.
+
+        Raises:
+            ValueError: another number of names than of maps.
+        """
+        maps = list(self.children())
+        names = names or (("proj",) if len(maps) == 1 else ("proj1", "proj2"))
+        if len(names) != len(maps):
+            raise ValueError(f"as_convolutions takes a name for each of {len(maps)} maps, got {names}")
+        shapes = [(self.in_channels, *self.patch_size), (-1, 1, 1)]
+        found: dict[str, Tensor] = {}
+        for name, layer, shape in zip(names, maps, shapes, strict=False):
+            for key, value in layer.state_dict().items():
+                found[f"{name}.{key}"] = value.unflatten(1, shape) if key == "weight" else value
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Names and shapes of convolutions become ours; `load_state_dict` gives each module a copy to change."""
+        for theirs, own in (("proj", "0"), ("proj1", "0"), ("proj2", "1")):
+            for key in ("weight", "bias"):
+                value = state_dict.pop(f"{prefix}{theirs}.{key}", None)
+                if value is not None:
+                    state_dict[f"{prefix}{own}.{key}"] = value.flatten(1) if key == "weight" else value
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         return f"in_channels={self.in_channels}, patch_size={self.patch_size[0]}"

@@ -268,6 +268,64 @@ def test_timm_s_patch_embed_is_replaced():
     assert ours(torch.randn(1, 4, 16, 40)).shape == (1, 10, 48)
 
 
+class DiTLike(nn.Module):
+    """What DiT's and JiT's models do with their embedding when they are made, in the names of their code."""
+
+    def __init__(self, embed: nn.Module) -> None:
+        super().__init__()
+        self.x_embedder = embed
+        self.head = nn.Linear(48, 8)
+
+    def initialize_weights(self) -> None:
+        maps = [self.x_embedder.proj1, self.x_embedder.proj2] if hasattr(self.x_embedder, "proj1") else []
+        for layer in maps or [self.x_embedder.proj]:
+            weight = layer.weight.data
+            nn.init.xavier_uniform_(weight.view([weight.shape[0], -1]))
+            if layer.bias is not None:
+                nn.init.constant_(layer.bias, 0)
+
+
+def convolutions(kind: str) -> tuple[nn.Module, BottleneckPatchEmbed]:
+    if kind == "JiT":
+        theirs = JiTStyleEmbed(8, 4, 16, 48)
+        return theirs, BottleneckPatchEmbed.from_conv(theirs.proj1, theirs.proj2)
+    theirs = pytest.importorskip("timm.layers").PatchEmbed(img_size=32, patch_size=8, in_chans=4, embed_dim=48)
+    return theirs, BottleneckPatchEmbed.from_timm(theirs)
+
+
+@pytest.mark.parametrize("kind", ["timm", "JiT"])
+def test_states_load_before_and_after_the_replacement_and_back(kind):
+    image = torch.randn(2, 4, 32, 32)
+    saved, _ = convolutions(kind)
+    trained = DiTLike(saved)
+    theirs, made = convolutions(kind)
+    late = DiTLike(made)
+    late.load_state_dict(trained.state_dict(), strict=True)
+    expected = saved(image)
+    torch.testing.assert_close(made(image), expected, rtol=1e-5, atol=1e-5)
+    again = DiTLike(convolutions(kind)[1])  # its own names still load
+    again.load_state_dict(late.state_dict(), strict=True)
+    assert torch.equal(again.x_embedder(image), made(image))
+    theirs.load_state_dict(made.as_convolutions(), strict=True)
+    assert torch.equal(theirs(image), expected)
+    with pytest.raises(RuntimeError, match="x_embedder.norm.weight"):
+        late.load_state_dict({**trained.state_dict(), "x_embedder.norm.weight": torch.ones(48)})
+    with pytest.raises(ValueError, match="a name for each of"):
+        made.as_convolutions("a", "b", "c")
+
+
+@pytest.mark.parametrize("kind", ["timm", "JiT"])
+def test_initialize_weights_runs_on_what_replaced_the_convolutions(kind):
+    model = DiTLike(convolutions(kind)[1])
+    before = [p.clone() for p in model.x_embedder.parameters()]
+    model.initialize_weights()
+    for old, new in zip(before, model.x_embedder.parameters(), strict=True):
+        assert not torch.equal(old, new)
+    biases = [p for name, p in model.x_embedder.named_parameters() if name.endswith("bias")]
+    assert biases
+    assert not any(p.any() for p in biases)
+
+
 def test_copies_keep_dtype_and_whether_weights_are_trained():
     layers = nn.Sequential(nn.Linear(48, 16), nn.Linear(16, 32)).to(torch.bfloat16).requires_grad_(False)
     ours = BottleneckPatchEmbed.from_linear(layers)
