@@ -66,6 +66,7 @@ class ParquetIndex:
                 # A file that was itself given as the path is meant, whatever it is called.
                 default = "train" if len(files) == 1 and str(path) == address(file) and split == "train" else None
                 mask = _rows_of_split(file, opened, split, default or split_in_path(Path(name)) or "train")
+                counted = _row_groups(file, opened)
             except BadSample as error:
                 problems.append(f"{error}; it is left out")
                 continue
@@ -78,11 +79,10 @@ class ParquetIndex:
             used = {image_column, *scalars}
             chosen.append(np.flatnonzero(mask) + total)
             first = total
-            for number, group in enumerate(map(opened.metadata.row_group, range(opened.num_row_groups))):
+            for number, (group_rows, sizes) in enumerate(counted):
                 groups.append((len(self._files), number, total, first))
-                total += group.num_rows
-                parts = map(group.column, range(group.num_columns))
-                size += sum(c.total_uncompressed_size for c in parts if c.path_in_schema.split(".")[0] in used)
+                total += group_rows
+                size += sum(nbytes for column, nbytes in sizes if column in used)
             self._files.append(file)
             self._names.append(name)
             described.append(f"{name} {storage.size(file)} {opened.metadata.num_rows} {chosen[-1].size}")
@@ -281,6 +281,21 @@ def _check_columns(file: Path | str, schema: pa.Schema, image_column: str, capti
             raise UserError(f"{address(file)}: column {name!r} (image_column) holds {kind}, not encoded picture bytes")
         if setting == "caption_columns" and not _is_text(kind):
             raise UserError(f"{address(file)}: column {name!r} (caption_columns) holds {kind}, not text")
+
+
+def _row_groups(file: Path | str, opened: pq.ParquetFile) -> list[tuple[int, list[tuple[str, int]]]]:
+    """Of each row group: its rows, and of its parts the column and the bytes that it has in memory."""
+    found = []
+    try:
+        for group in map(opened.metadata.row_group, range(opened.num_row_groups)):
+            parts = map(group.column, range(group.num_columns))
+            sizes = [(part.path_in_schema.split(".")[0], part.total_uncompressed_size) for part in parts]
+            found.append((group.num_rows, sizes))
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # a name that is not UTF-8 is a ValueError
+        raise BadSample(
+            f"{address(file)}: its list of columns cannot be read ({short(error)}); copy it again"
+        ) from error
+    return found
 
 
 def _rows_of_split(file: Path | str, opened: pq.ParquetFile, split: str, default: str) -> NDArray[np.bool_]:

@@ -216,3 +216,12 @@ def test_a_whole_shard_is_still_read(tmp_path: Path) -> None:
     index = open_images(grey_tar(tmp_path / "a.tar", 20))
     assert [index.row(n).columns["txt"] for n in range(20)] == [f"grey {n}" for n in range(20)]
     assert index.problems == ()
+
+
+def test_a_parquet_file_whose_column_names_are_not_utf8_is_told(tmp_path: Path) -> None:
+    """Found by fuzzing: pyarrow decodes the names in the lists of row groups when they are asked for."""
+    write_parquet(tmp_path / "a.parquet", 4)
+    content = (tmp_path / "a.parquet").read_bytes()
+    at = content.rindex(b"image", 0, content.rindex(b"ARROW:schema"))
+    (tmp_path / "a.parquet").write_bytes(content[:at] + b"im\x80ge" + content[at + 5 :])
+    assert "a.parquet: its list of columns cannot be read" in sentence(lambda: open_images(tmp_path))
