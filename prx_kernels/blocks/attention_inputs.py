@@ -63,7 +63,7 @@ def qk_norm_rope(
     Raises:
         TypeError: dtypes that differ or are not floating, or offsets that are not int32.
         ValueError: shapes that do not fit, a table that asks for a gradient, arguments that need one another.
-        NotImplementedError: a forward-mode derivative is asked for.
+        NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_no_tangent("qk_norm_rope", img_qkv, q_weight, k_weight, rope, txt_kv, txt_k_weight)
     _check(img_qkv, q_weight, k_weight, rope)

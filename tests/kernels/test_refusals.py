@@ -17,6 +17,7 @@ from prx_kernels import (
     patch_embed,
     patchify,
     philox_normal,
+    qk_norm_rope,
     reference,
     scatter_tokens,
     x_prediction_loss,
@@ -26,27 +27,7 @@ KEEP = torch.tensor([[0, 2], [1, 3]])
 IMAGE, T = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.7])
 TOKENS, ROWS, PREDICTED = torch.randn(2, 6, 4), torch.randn(2, 2, 4), torch.randn(2, 4, 48)
 WEIGHT = torch.randn(5, 48)
-
-
-@pytest.mark.parametrize(
-    ("function", "x"),
-    [
-        (lambda x: gather_tokens(x, KEEP), TOKENS),
-        (lambda x: scatter_tokens(x, ROWS, KEEP), TOKENS),
-        (lambda y: exit_route(y, TOKENS, KEEP), ROWS),
-        (lambda x: enter_route(x, KEEP)[0], TOKENS),
-        (lambda image: patch_embed(image, WEIGHT, None, None, None, 4), IMAGE),
-        (lambda weight: patch_embed(IMAGE, weight, None, None, None, 4), WEIGHT),
-        (lambda tokens: x_prediction_loss(tokens, IMAGE, T, 4), PREDICTED),
-    ],
-)
-def test_forward_mode_derivatives_are_refused_not_zero(function, x):
-    """MeanFlow and sCM differentiate forward; torch drops the tangent in an op that has no rule for it."""
-    with pytest.raises(NotImplementedError, match="no forward-mode derivative here; the definitions in"):
-        torch.func.jvp(function, (x,), (torch.ones_like(x),))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-        function(forward_ad.make_dual(x, torch.ones_like(x)))
-    function(x)  # and nothing of it stays
+QKV, NORM, ROPE = torch.randn(2, 3, 3 * 2 * 4), torch.rand(4), torch.randn(1, 3, 2, 2)
 
 
 FUNCTIONS = [
@@ -57,7 +38,19 @@ FUNCTIONS = [
     (lambda image: patch_embed(image, WEIGHT, None, None, None, 4), IMAGE),
     (lambda weight: patch_embed(IMAGE, weight, None, None, None, 4), WEIGHT),
     (lambda tokens: x_prediction_loss(tokens, IMAGE, T, 4), PREDICTED),
+    (lambda qkv: qk_norm_rope(qkv, NORM, NORM, ROPE)[0], QKV),
+    (lambda weight: qk_norm_rope(QKV, weight, NORM, ROPE)[0], NORM),
 ]
+
+
+@pytest.mark.parametrize(("function", "x"), FUNCTIONS)
+def test_forward_mode_derivatives_are_refused_not_zero(function, x):
+    """MeanFlow and sCM differentiate forward; torch drops the tangent in an op that has no rule for it."""
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative here; the definitions in"):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        function(forward_ad.make_dual(x, torch.ones_like(x)))
+    function(x)  # and nothing of it stays
 
 
 @pytest.mark.parametrize(("function", "x"), FUNCTIONS)

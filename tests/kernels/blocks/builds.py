@@ -13,9 +13,13 @@ from ..ahead_of_time import Build, build
 FLOATS = {2: "*bf16", 4: "*fp32", 8: "*fp64"}
 
 
-def signature(kernel: Any, element: str, accumulator: str) -> dict[str, str]:
-    """Types of run-time arguments: pointers by what they hold, eps, and 32-bit numbers."""
-    special = {"sums_ptr": accumulator, "rope_ptr": "*fp32", "offsets_ptr": "*i32", "eps": "fp32"}
+def signature(kernel: Any, element: str, accumulator: str, text: int = 0) -> dict[str, str]:
+    """Types of run-time arguments: pointers by what they hold, eps, and 32-bit numbers.
+
+    Where text is not packed the launcher has no offsets, and hands on another tensor in their place.
+    """
+    offsets = "*i32" if text > 1 else element
+    special = {"sums_ptr": accumulator, "rope_ptr": "*fp32", "offsets_ptr": offsets, "eps": "fp32"}
     weights = {name: "*fp32" for name in kernel.arg_names if name.endswith("weight_ptr")}
     made = {}
     for name in kernel.arg_names:
@@ -34,7 +38,8 @@ def qk_norm_rope(arch: int, width: int, *texts: int, only: int | None = None) ->
                 continue
             constants = {"ALIGN": 16 // width, "ACC": kind, "SAMPLES": 32, "HEAD_DIM": head_dim}
             for text in texts:
-                made = build(kernel, signature(kernel, element, accumulator), {**constants, "TEXT": text}, config, arch)
+                types = signature(kernel, element, accumulator, text)
+                made = build(kernel, types, {**constants, "TEXT": text}, config, arch)
                 yield f"{kernel.__name__} D {head_dim} width {width} text {text}", made
 
 
