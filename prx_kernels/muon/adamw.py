@@ -50,7 +50,11 @@ def any_nonfinite(params: Sequence[Any], squares: Sequence[Tensor]) -> Tensor:
 
 
 def step_all(groups: Sequence[Mapping[str, Any]], now: Step, measured: Measured) -> Tensor | None:
-    """One step of all groups, with the working copies of their parameters; 1.0 where it is left out, None for none."""
+    """`step` of all groups of one optimizer step, and the working copies of their parameters brought up to date.
+
+    Returns:
+        0-dim float32: 1.0 where a gradient is not finite and the step was left out, else 0.0. None without parameters.
+    """
     params = [param for group in groups for param in group["params"]]
     if not params:
         return None

@@ -252,7 +252,8 @@ class BottleneckPatchEmbed(nn.Module):
             raise ValueError("a PatchEmbed with flattened output and without padding can be replaced, got another one")
         made = cls.from_conv(proj)
         for name in ("img_size", "grid_size", "num_patches"):
-            setattr(made, name, getattr(embed, name, None))
+            if hasattr(embed, name):
+                setattr(made, name, getattr(embed, name))
         return made
 
     @classmethod
