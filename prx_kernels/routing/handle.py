@@ -87,9 +87,11 @@ class Route(Passage):
     def verify(self, run: Callable[[], Tensor]) -> str:
         """Prove that the route is right: the model dense against all tokens routed in random order.
 
-        Outputs, and gradients of the routed blocks' parameters and of what enters them, must be the same. What a wrong
-        route does cannot hide: parameters that are zero (adaLN-zero) are random meanwhile, dropout is off, and every
-        route over these blocks but this one. Use float32 or float64, and any small batch of at least 2 samples.
+        Outputs, and gradients of the routed blocks' parameters and of what enters them, must be the same to 1e-4 of the
+        largest value of each in float32, 1e-9 in float64; of a gradient below a hundredth of the largest one, to that
+        share of the hundredth. What a wrong route does cannot hide: parameters that are zero (adaLN-zero) are random
+        meanwhile, dropout is off, and every route over these blocks but this one. Nothing is compiled meanwhile. Take
+        float32 or float64, and any small batch of at least 2 samples.
 
         Args:
             run: calls the model and returns a tensor that depends on all of its output, such as

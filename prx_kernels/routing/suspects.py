@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,11 +85,15 @@ def explain(
     return None
 
 
-def call(found: Iterable[Suspect], ahead: bool = True, shared: bool | None = None) -> str:
+def call(found: Sequence[Suspect]) -> str:
     """The arguments of `route_blocks` that name what was found."""
-    tables = ", ".join(f'"{n}": {_shown(where)}' for n, where in named(found, ahead).items())
-    shared = any(not s.batched for s in found) if shared is None else shared
-    return f"per_token={{{tables}}}" + (", shared=True" if shared else "")
+    return written(named(found), any(not s.batched for s in found))
+
+
+def written(tables: Mapping[str, Where], shared: bool) -> str:
+    """The arguments of `route_blocks`, as code."""
+    shown = ", ".join(f'"{name}": {_shown(where)}' for name, where in tables.items())
+    return f"per_token={{{shown}}}" + (", shared=True" if shared else "")
 
 
 def named(found: Iterable[Suspect], ahead: bool = True) -> dict[str, Where]:
@@ -206,8 +210,8 @@ def _beside(found: list[Suspect]) -> str:
 
 def _shown(where: Where) -> str:
     if isinstance(where, Entries):
-        ends = [f'{name}="rest"' for name in ("prefix", "suffix") if getattr(where, name) == "rest"]
-        return f"Entries({where.dim}, {', '.join(ends)})"
+        ends = [f", {name}={getattr(where, name)!r}" for name in ("prefix", "suffix") if getattr(where, name)]
+        return f"Entries({where.dim}{''.join(ends)})".replace("'", '"')
     if isinstance(where, dict):
         return "{" + ", ".join(f"{key!r}: {_shown(at)}" for key, at in where.items()) + "}"
     return repr(where)

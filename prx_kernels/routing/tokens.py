@@ -72,7 +72,7 @@ def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
     Raises:
         TypeError: keep is not int32 or int64.
         ValueError: keep does not fit x.
-        NotImplementedError: a forward-mode derivative is asked for.
+        NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_keep(x, keep)
     # A lazy conjugate or negative shares the memory of what it is not.
@@ -88,7 +88,7 @@ def scatter_tokens(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     Raises:
         TypeError: keep is not int32 or int64.
         ValueError: keep does not fit x, or y does not fit both.
-        NotImplementedError: a forward-mode derivative is asked for.
+        NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_keep(x, keep)
     check_routed(x, y, keep)
@@ -111,7 +111,7 @@ def enter_route(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError: keep is not int32 or int64.
         ValueError: keep does not fit x.
-        NotImplementedError: a forward-mode derivative is asked for.
+        NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_keep(x, keep)
     y, byp = _EnterRoute.apply(x, keep)
@@ -124,7 +124,7 @@ def exit_route(y: Tensor, byp: Tensor, keep: Tensor) -> Tensor:
     Raises:
         TypeError: keep is not int32 or int64.
         ValueError: keep does not fit byp, or y does not fit both.
-        NotImplementedError: a forward-mode derivative is asked for.
+        NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     return scatter_tokens(byp, y, keep)
 

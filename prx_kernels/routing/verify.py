@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .arguments import Table
-from .entries import Entries, Where
+from .entries import Where
 from .passage import Passage, Stop, pick
-from .suspects import Suspect, call, named, suspects
+from .suspects import Suspect, call, named, suspects, written
 
 TRIALS = 24  # at most, of calls that may be right
 # Of the largest value, for sums in another order. A route that is wrong by less than this is not found in half
@@ -31,7 +31,6 @@ class Observed:
     """What one call of the model gave: its output, the stream in front of and behind the route, and gradients."""
 
     out: Tensor
-    entrance: Tensor | None = None
     stream: Tensor | None = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
     without: str = ""  # why there are no gradients
@@ -90,7 +89,7 @@ def _diagnosis(
                 continue
         if _apart(replace(dense, gradients={}), trial) <= _tolerance(dense):
             kinds = [f"{s.name!r}" for s in dense.found if s.name in tables]
-            whole = _call(tables, shared or route.shared)
+            whole = written(tables, shared or route.shared)
             return f"{said}. Entries of tokens are in {', '.join(dict.fromkeys(kinds))}. Write (tried): {whole}"
     if dense.found:
         return (
@@ -101,18 +100,6 @@ def _diagnosis(
         f"{said}, and no argument or tensor of the blocks has an entry for each token. The blocks make positions from "
         "the number of tokens, or mix neighbours: give them their positions as an argument, which per_token can name"
     )
-
-
-def _call(tables: dict[str, Where], shared: bool) -> str:
-    shown = ", ".join(f'"{name}": {_repr(where)}' for name, where in tables.items())
-    return f"per_token={{{shown}}}" + (", shared=True" if shared else "")
-
-
-def _repr(where: Where) -> str:
-    if isinstance(where, Entries):
-        ends = [f"{n}={getattr(where, n)!r}" for n in ("prefix", "suffix") if getattr(where, n)]
-        return f"Entries({where.dim}, {', '.join(ends)})".replace("'", '"')
-    return repr(where)
 
 
 def _cures(found: list[Suspect]) -> Iterator[tuple[dict[str, Where], bool]]:
