@@ -117,7 +117,7 @@ class Muon:
     ns_steps: Annotated[int, Range(1, 100)] = 5
     ns_coefficients: Annotated[tuple[float, float, float], Range(-1_000, 1_000)] = (3.4445, -4.7750, 2.0315)
     ns_preconditioner: Literal["aol"] | None = None
-    """aol: rows are scaled before the first step (https://arxiv.org/abs/2512.04632), so that 4 steps can do for 5."""
+    """aol: rows are scaled before the first step (Turbo-Muon, https://arxiv.org/abs/2512.04632, which then takes 4)."""
     weight_decay: Annotated[float, RATE] = 0.0
 
 
