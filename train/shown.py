@@ -46,4 +46,5 @@ def printable(text: str, *, lines: bool = False) -> str:
 
 def tell(message: object, *, file: TextIO | None = None, lines: bool = False) -> None:
     """Print a line (or `lines`) for a person: without secrets of addresses, and nothing that a terminal obeys."""
-    print(printable(address(str(message)), lines=lines), file=file or sys.stdout, flush=True)
+    # The line and its end in one write: ranks share a terminal, and unbuffered streams write each piece by itself.
+    print(printable(address(str(message)), lines=lines) + "\n", end="", file=file or sys.stdout, flush=True)

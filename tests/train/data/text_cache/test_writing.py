@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -169,7 +170,7 @@ def test_two_processes_of_torchrun_write_one_cache(encoder: Path, data: Path, re
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    counts = [int(line.split("encoded ")[1].split()[0]) for line in done.stdout.splitlines() if "encoded" in line]
+    counts = [int(count) for count in re.findall(r"encoded (\d+) captions", done.stdout)]
     assert len(counts) == 2
     assert sum(counts) == 43
     written = replace(recipe, text=replace(recipe.text, cache=str(tmp_path / "cache")))
