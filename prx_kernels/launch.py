@@ -140,6 +140,14 @@ def check_no_tangent(name: str, *tensors: Tensor | None) -> None:
         )
 
 
+def check_one_device(**tensors: Tensor | None) -> None:
+    """Refuse tensors on several devices, by their names: a kernel would read whatever lies at that address."""
+    found = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in found.items())
+        raise ValueError(f"tensors must lie on one device, got {listed}")
+
+
 def _is_differentiated(x: Tensor) -> bool:
     """Whether a transform of torch.func around this tensor, or autograd beneath one, follows its derivatives."""
     wrapped = False

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import check_no_tangent, custom_op
+from ..launch import check_no_tangent, check_one_device, custom_op
 from . import launch, reference
 
 # --- public ------------------------------------------------------------------------------------------------------
@@ -62,10 +62,15 @@ def qk_norm_rope(
 
     Raises:
         TypeError: dtypes that differ or are not floating, or offsets that are not int32.
-        ValueError: shapes that do not fit, a table that asks for a gradient, arguments that need one another.
+        ValueError: shapes or devices that do not fit, a table that asks for a gradient, arguments that need
+            one another.
         NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_no_tangent("qk_norm_rope", img_qkv, q_weight, k_weight, rope, txt_kv, txt_k_weight)
+    check_one_device(
+        img_qkv=img_qkv, q_weight=q_weight, k_weight=k_weight, rope=rope,
+        txt_kv=txt_kv, txt_k_weight=txt_k_weight, txt_offsets=txt_offsets,
+    )  # fmt: skip
     _check(img_qkv, q_weight, k_weight, rope)
     if txt_kv is not None:
         _check_text(img_qkv, q_weight, txt_kv, txt_k_weight, txt_offsets, txt_length, packed_keys)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..launch import check_no_tangent
+from ..launch import check_no_tangent, check_one_device
 from ..pixel_loss.loss import check_size
 from .ops import project
 
@@ -66,9 +66,7 @@ def patch_embed(
     check_no_tangent("patch_embed", image, w1, b1, w2, b2, t)
     _check_image(image, patch_size)
     _check_weights(image.shape[1] * patch_size**2, w1, b1, w2, b2, patch_size)
-    devices = {str(x.device) for x in (image, w1, b1, w2, b2) if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"image, weights and biases must lie on one device, got {', '.join(sorted(devices))}")
+    check_one_device(image=image, w1=w1, b1=b1, w2=w2, b2=b2)
     noise = _checked_noise(image, t, noise_seed, sample_ids)
     if _autocast(image):
         dtype = torch.get_autocast_dtype(image.device.type)

@@ -11,7 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import MAX_GRID_Y, Config, Table, alignment, check_no_tangent, custom_op, hint, jit, on_device, tl, tuned
+from ..launch import (
+    MAX_GRID_Y,
+    Config,
+    Table,
+    alignment,
+    check_no_tangent,
+    check_one_device,
+    custom_op,
+    hint,
+    jit,
+    on_device,
+    tl,
+    tuned,
+)
 from . import reference
 from .kernels import MERGE, as_rows
 from .tokens import added, check_keep, check_routed, checked_range, cleared
@@ -37,10 +50,11 @@ def enter_route_modulate(
 
     Raises:
         TypeError: keep is not int32 or int64, or x is not floating.
-        ValueError: a shape does not fit.
+        ValueError: a shape or device does not fit.
         NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_no_tangent("enter_route_modulate", shift, scale)
+    check_one_device(x=x, shift=shift, scale=scale)
     check_keep(x, keep)
     shift, scale = _per_sample("shift", shift, x), _per_sample("scale", scale, x)
     y, h, byp = _EnterModulate.apply(x, keep, shift, scale, eps)
@@ -62,10 +76,11 @@ def exit_route_gated(y: Tensor, branch: Tensor, gate: Tensor, byp: Tensor, keep:
 
     Raises:
         TypeError: keep is not int32 or int64, or the dtypes differ.
-        ValueError: a shape does not fit.
+        ValueError: a shape or device does not fit.
         NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_no_tangent("exit_route_gated", gate)
+    check_one_device(byp=byp, gate=gate)
     check_keep(byp, keep)
     check_routed(byp, y, keep)
     check_routed(byp, branch, keep)

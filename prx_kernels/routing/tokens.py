@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import check_no_tangent, custom_op
+from ..launch import check_no_tangent, check_one_device, custom_op
 from . import kernels, reference
 
 MAX_TOKENS = kernels.MAX_TOKENS
@@ -71,7 +71,7 @@ def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
 
     Raises:
         TypeError: keep is not int32 or int64.
-        ValueError: keep does not fit x.
+        ValueError: keep does not fit x, or lies on another device.
         NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_keep(x, keep)
@@ -87,7 +87,7 @@ def scatter_tokens(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
 
     Raises:
         TypeError: keep is not int32 or int64.
-        ValueError: keep does not fit x, or y does not fit both.
+        ValueError: keep does not fit x, y does not fit both, or they lie on several devices.
         NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_keep(x, keep)
@@ -110,7 +110,7 @@ def enter_route(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError: keep is not int32 or int64.
-        ValueError: keep does not fit x.
+        ValueError: keep does not fit x, or lies on another device.
         NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     check_keep(x, keep)
@@ -123,7 +123,7 @@ def exit_route(y: Tensor, byp: Tensor, keep: Tensor) -> Tensor:
 
     Raises:
         TypeError: keep is not int32 or int64.
-        ValueError: keep does not fit byp, or y does not fit both.
+        ValueError: keep does not fit byp, y does not fit both, or they lie on several devices.
         NotImplementedError: a forward-mode derivative is asked for, or one of torch.func.
     """
     return scatter_tokens(byp, y, keep)
@@ -137,6 +137,7 @@ def draw(sample_ids: Tensor, seed: Tensor, tokens: int, kept: int) -> Tensor:
 
 def check_keep(x: Tensor, keep: Tensor) -> None:
     check_no_tangent("token routing", x)
+    check_one_device(x=x, keep=keep)
     if keep.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"keep must be int32 or int64, got {keep.dtype}")
     if keep.ndim != 2 or x.ndim < 2 or keep.shape[0] != x.shape[0] or not 0 < keep.shape[1] <= x.shape[1]:
@@ -147,6 +148,7 @@ def check_keep(x: Tensor, keep: Tensor) -> None:
 
 def check_routed(x: Tensor, y: Tensor, keep: Tensor) -> None:
     check_no_tangent("token routing", y)
+    check_one_device(x=x, y=y)
     expected = (*keep.shape, *x.shape[2:])
     if tuple(y.shape) != tuple(expected):
         raise ValueError(f"the routed tokens must have shape {expected} to go where keep says, got {tuple(y.shape)}")

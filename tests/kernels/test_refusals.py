@@ -22,6 +22,7 @@ from prx_kernels import (
     qk_norm_rope,
     reference,
     scatter_tokens,
+    sym_gemm,
     x_prediction_loss,
 )
 
@@ -81,13 +82,29 @@ def test_vmap_without_derivatives_is_right(function, x):
     torch.testing.assert_close(torch.func.vmap(function)(both), torch.stack([function(part) for part in both]))
 
 
-@pytest.mark.parametrize("moved", [0, 1, 2])
-def test_patch_embed_refuses_tensors_on_several_devices(moved):
-    """It gave memory that nobody had written."""
-    arguments = [IMAGE, WEIGHT, torch.randn(4, 5)]
-    arguments[moved] = arguments[moved].to("meta")
-    with pytest.raises(ValueError, match="must lie on one device, got cpu, meta"):
-        patch_embed(arguments[0], arguments[1], None, arguments[2], None, 4)
+ON_ONE_DEVICE = [
+    (lambda image, w1, w2: patch_embed(image, w1, None, w2, None, 4), (IMAGE, WEIGHT, torch.randn(4, 5))),
+    (gather_tokens, (TOKENS, KEEP)),
+    (scatter_tokens, (TOKENS, ROWS, KEEP)),
+    (enter_route, (TOKENS, KEEP)),
+    (exit_route, (ROWS, TOKENS, KEEP)),
+    (enter_route_modulate, (TOKENS, KEEP, VECTOR, VECTOR)),
+    (exit_route_gated, (ROWS, ROWS, VECTOR, TOKENS, KEEP)),
+    (qk_norm_rope, (QKV, NORM, NORM, ROPE, torch.randn(2, 5, 2 * 2 * 4), NORM)),
+    (x_prediction_loss, (PREDICTED, IMAGE, T, 4)),
+    (sym_gemm, (WEIGHT, WEIGHT)),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments"), ON_ONE_DEVICE)
+def test_tensors_on_several_devices_are_refused_whichever_is_elsewhere(function, arguments):
+    """Some gave memory that nobody had written."""
+    function(*arguments)
+    for moved, given in enumerate(arguments):
+        if isinstance(given, torch.Tensor):
+            changed = [x.to("meta") if place == moved else x for place, x in enumerate(arguments)]
+            with pytest.raises(ValueError, match=r"one device, got .*meta"):
+                function(*changed)
 
 
 def test_the_definitions_have_forward_mode_derivatives():
