@@ -3,6 +3,7 @@
 python -m benchmarks.dry_step prx-512                                  # one GPU, 32 pictures
 python -m benchmarks.dry_step prx-1024 --ranks 32 --nodes 4 --out F.json
 python -m benchmarks.dry_step prx-512 --small --check                  # as CI: 4 blocks, held to benchmarks/budgets/
+python -m benchmarks.dry_step prx-512 --muon.ns-steps 4                # with settings of the trainer's command line
 
 The step is that of `train.learner.step.Learner`. Counted are launches, bytes of device memory and operations, memory
 that is alive, graphs, recompilations and waits; every Triton kernel is built for sm_90. Milliseconds are predicted from
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.absent_gpu import libraries
+from train import commandline
+from train.errors import UserError
 
 BATCH = {"prx-512": 32, "prx-1024": 16}
 """Pictures a GPU in the published run (docs/recipe.md, "The run")."""
@@ -26,7 +29,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.dry_step", description="count a training step on an H200 that is not there"
     )
-    parser.add_argument("preset", choices=BATCH)
+    parser.add_argument("preset", choices=BATCH, help="settings as speedrun.py takes them may follow")
     parser.add_argument("--batch", type=_positive, help="pictures a GPU; the published run's unless given")
     parser.add_argument("--ranks", type=_positive, default=1, help="GPUs in all; this one is rank 0")
     parser.add_argument("--nodes", type=_positive, help="machines; 8 GPUs each unless given")
@@ -36,13 +39,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write everything that is known as JSON")
     parser.add_argument("--check", action="store_true", help="fail where the step costs more than its budget")
     parser.add_argument("--update", action="store_true", help="write the budget anew")
-    chosen = parser.parse_args(arguments)
+    chosen, chosen.words = parser.parse_known_args(arguments)
     chosen.batch = chosen.batch or BATCH[chosen.preset]
     chosen.nodes = chosen.nodes or max(chosen.ranks // 8, 1)
     if chosen.ranks % chosen.nodes:
         parser.error(f"--ranks {chosen.ranks} must be a multiple of --nodes {chosen.nodes}")
     if (chosen.check or chosen.update) and chosen.builds == "none":
         parser.error("a budget counts kernels that spill: leave --builds none out")
+    if (chosen.check or chosen.update) and chosen.words:
+        parser.error(f"a budget is one of the preset: leave {' '.join(chosen.words)} out")
     return chosen
 
 
@@ -55,6 +60,11 @@ def _positive(text: str) -> int:
 def main(arguments: list[str]) -> int:
     """Count, print, write and check; the exit code."""
     chosen = parse(arguments)
+    try:
+        commandline.parse([chosen.preset, *chosen.words])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         libraries.restart("benchmarks.dry_step", arguments)
     except libraries.AbsentGPUError as error:
@@ -73,7 +83,9 @@ def counted(chosen: argparse.Namespace) -> dict[str, Any]:
     """Everything that is known of the step, as JSON values; below the stand-ins only."""
     from benchmarks.absent_gpu import builds, report, trainer
 
-    setting = trainer.Setting(chosen.preset, chosen.batch, chosen.ranks, chosen.nodes, chosen.small)
+    setting = trainer.Setting(
+        chosen.preset, chosen.batch, chosen.ranks, chosen.nodes, chosen.small, tuple(chosen.words)
+    )
     step = trainer.count(setting)
     made = []
     if chosen.builds != "none":

@@ -1,6 +1,7 @@
 """A counted step as JSON and as the text that is printed."""
 
 import platform
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
@@ -51,7 +52,7 @@ def describe(setting: Setting) -> dict[str, Any]:
     """The setting in the words of the command line."""
     return {
         "preset": setting.preset, "batch": setting.batch, "ranks": setting.ranks, "nodes": setting.nodes,
-        "small": setting.small, "text_fill": FILL, "device": "H200, absent",
+        "small": setting.small, "settings": list(setting.words), "text_fill": FILL, "device": "H200, absent",
     }  # fmt: skip
 
 
@@ -59,7 +60,8 @@ def title(setting: dict[str, Any]) -> str:
     """One line that says what was counted."""
     ranks = "one GPU" if setting["ranks"] == 1 else f"rank 0 of {setting['ranks']} on {setting['nodes']} nodes"
     small = f", small form ({SMALL_DEPTH} blocks a network)" if setting["small"] else ""
-    return f"{setting['preset']}, {setting['batch']} pictures a GPU, {ranks}{small}"
+    words = f", {shlex.join(setting['settings'])}" if setting["settings"] else ""
+    return f"{setting['preset']}, {setting['batch']} pictures a GPU, {ranks}{small}{words}"
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from benchmarks.absent_gpu.recorder import Launch, Recorder
 from benchmarks.sizes import text_lengths
 from prx_model.packed_text import PackedText, pack
 from prx_model.teachers import Teacher
+from train import commandline
 from train.checkpoint.checkpointer import Checkpointer
 from train.data.loader import Batch
 from train.learner import build
@@ -32,7 +33,7 @@ from train.learner.step import Learner
 from train.learner.teaching import build_teachers
 from train.ranks import parallel
 from train.ranks.parallel import World
-from train.recipes import Recipe, prx_512, prx_1024
+from train.recipes import Recipe
 from train.run import stopwatch
 
 DEVICE = torch.device("cuda", 0)
@@ -52,11 +53,18 @@ class Setting:
     ranks: int = 1
     nodes: int = 1
     small: bool = False
+    words: tuple[str, ...] = ()
+    """Settings of the recipe as speedrun.py takes them; the preset's without."""
 
     @property
     def recipe(self) -> Recipe:
-        """The preset with random teachers, at this batch."""
-        made = {"prx-512": prx_512, "prx-1024": prx_1024}[self.preset]()
+        """The preset with random teachers, at this batch.
+
+        Raises:
+            UserError: a setting that does not fit.
+        """
+        made = commandline.parse([self.preset, *self.words]).recipe
+        assert isinstance(made, Recipe)
         teachers = {name: replace(getattr(made, name), weights="random") for name in ("repa", "lpips", "pdino")}
         made = replace(made, **teachers, train=replace(made.train, batch=self.batch * self.ranks))
         made = replace(made, text=replace(made.text, cache="absent"))

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import dry_step
 from benchmarks.absent_gpu import libraries
+from benchmarks.absent_gpu.trainer import Setting
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -77,9 +78,18 @@ def test_a_fault_that_comes_back_is_seen(fault: str, said: str, seen: dict[str, 
         (["prx-512", "--ranks", "32", "--nodes", "5"], "must be a multiple of --nodes 5"),
         (["prx-512", "--check", "--builds", "none"], "leave --builds none out"),
         (["shapes"], "invalid choice"),
+        (["prx-512", "--update", "--muon.ns-steps", "4"], "a budget is one of the preset: leave --muon.ns-steps 4 out"),
     ],
 )
 def test_a_wrong_command_line_is_told(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         dry_step.parse(arguments)
     assert said in capsys.readouterr().err
+
+
+def test_settings_are_those_of_the_trainer(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = dry_step.parse(["prx-512", "--small", "--muon.ns-steps", "4", "--repa.no-enabled"])
+    recipe = Setting("prx-512", 32, words=tuple(chosen.words)).recipe
+    assert (recipe.muon.ns_steps, recipe.repa.enabled, recipe.train.batch) == (4, False, 32)
+    assert dry_step.main(["prx-512", "--muon.ns-stepz", "4"]) == 2
+    assert "did you mean 'muon.ns_steps'" in capsys.readouterr().err
