@@ -39,7 +39,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write everything that is known as JSON")
     parser.add_argument("--check", action="store_true", help="fail where the step costs more than its budget")
     parser.add_argument("--update", action="store_true", help="write the budget anew")
-    chosen, chosen.words = parser.parse_known_args(arguments)
+    chosen, words = parser.parse_known_args(arguments)
+    chosen.words = words
     chosen.batch = chosen.batch or BATCH[chosen.preset]
     chosen.nodes = chosen.nodes or max(chosen.ranks // 8, 1)
     if chosen.ranks % chosen.nodes:

@@ -158,6 +158,53 @@ def test_newton_schulz(measure: Measure, name: str, way: str) -> None:
     )
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    "standard form": {"algorithm": "standard"},
+    "Gram form": {"algorithm": "gram"},
+    "Polar Express": {"ns_coefficients": "polar_express"},
+    "4 steps": {"ns_steps": 4},
+    "4 steps, AOL": {"ns_steps": 4, "preconditioner": "aol"},
+}
+"""Choices of ours beside its default, which `test_newton_schulz` times: they give other matrices, or take other ways."""
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [next(iter(LISTS)), f"4 of {SHAPES[0][0]}x{SHAPES[0][1]}"])
+def test_forms_of_newton_schulz(measure: Measure, name: str, form: str) -> None:
+    """Checked against the same steps in float64. Rates count what "auto" would take, so that they compare like times."""
+    shapes, settings = LISTS[name], FORMS[form]
+
+    def inputs(seed: int) -> tuple[Any, ...]:
+        generator = torch.Generator(device=device()).manual_seed(seed)
+        return ([torch.randn(shape, generator=generator, device=device()) for shape in shapes],)
+
+    def run(matrices: Matrices) -> Matrices:
+        return prx_kernels.newton_schulz(matrices, **settings)
+
+    def worst_error(run: Callable[..., Sequence[Tensor]], arguments: tuple[Any, ...]) -> float:
+        made, errors = run(*arguments), []
+        for i in {shape: i for i, shape in reversed(list(enumerate(shapes)))}.values():
+            truth = prx_kernels.newton_schulz(arguments[0][i].double(), **settings, dtype=torch.float64)
+            errors.append(float((made[i].double() - truth).norm() / truth.norm()))
+        return max(errors) if all(bool(torch.isfinite(y).all()) for y in made) else float("inf")
+
+    measure(
+        op="Newton-Schulz, forms of ours",
+        case=name,
+        way=f"ours, {form}",
+        function=run,
+        inputs=inputs,
+        verify=worst_error,
+        cost=Cost(
+            8.0 * sum(rows * columns for rows, columns in shapes),
+            newton_schulz_flop(shapes, "gram", settings.get("ns_steps", 5)),
+        ),
+        # Polar Express multiplies small singular values, and the rounding in them, by more than Jordan's steps do.
+        tolerance=0.02,
+        ours=True,
+    )
+
+
 @pytest.mark.parametrize("way", ["bmm", "ours"])
 @pytest.mark.parametrize("batch", (1, 2, 3, 4, 5, 8, 16) if GPU else (1, 2))
 def test_symmetric_product(measure: Measure, batch: int, way: str) -> None:
