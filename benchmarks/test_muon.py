@@ -130,6 +130,48 @@ def test_muon_step(measure: Measure, way: str) -> None:
     )
 
 
+@pytest.mark.parametrize("way", ["torch.optim.Muon", "ours"])
+def test_muon_step_that_clips(measure: Measure, way: str) -> None:
+    """Clipping is a pass of its own over all gradients for torch; ours takes the factor into the momentum's pass."""
+    if way != "ours":
+        require(way)
+    weights = matrices()
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if way == "ours":
+        optimizer = prx_kernels.Muon(weights, lr=LR, weight_decay=0.0, momentum=MOMENTUM)
+
+    def clipped() -> None:
+        # Gradients are scaled in place: from the second time on this norm is theirs, and the same passes run.
+        torch.nn.utils.clip_grad_norm_(weights, norm / 2, foreach=True)
+        step()
+
+    step = torch_muon(weights) if way != "ours" else lambda: optimizer.step(max_norm=norm / 2)
+
+    def error_of_the_first_step(run: Any, arguments: Any) -> float:
+        # The update does not depend on the gradients' scale, so the norm that was told is looked at too.
+        before = [(w.detach().clone(), w.grad.clone()) for w in weights[:7] if w.grad is not None]
+        run(*arguments)
+        worst = abs(float(optimizer.grad_norm) / norm - 1) if way == "ours" else 0.0
+        for (old, gradient), new in zip(before, weights, strict=False):
+            truth = first_update(old, gradient) - old.double()
+            worst = max(worst, float((new.detach().double() - old.double() - truth).norm() / truth.norm()))
+        return worst
+
+    measure(
+        op="Muon step, gradients clipped",
+        case=f"{len(weights)} matrices, {sum(w.numel() for w in weights) / 1e6:.4g} M numbers",
+        way=way,
+        function=step if way == "ours" else clipped,
+        inputs=lambda seed: (),
+        verify=error_of_the_first_step,
+        cost=muon_step(prx_muon_shapes(CONFIG)),
+        tolerance=0.02 if way == "ours" else 0.1,
+        ours=way == "ours",
+        graph=False,
+    )
+
+
 @pytest.mark.parametrize("way", ["foreach", "fused"])
 def test_adamw_step(measure: Measure, way: str) -> None:
     """On everything that is not Muon's: about 0.2 B numbers at PRX's size."""

@@ -165,13 +165,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "4 steps": {"ns_steps": 4},
     "4 steps, AOL": {"ns_steps": 4, "preconditioner": "aol"},
 }
-"""Choices of ours beside its default, which `test_newton_schulz` times: they give other matrices, or take other ways."""
+"""Choices of ours beside its default, which `test_newton_schulz` times."""
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", [next(iter(LISTS)), f"4 of {SHAPES[0][0]}x{SHAPES[0][1]}"])
 def test_forms_of_newton_schulz(measure: Measure, name: str, form: str) -> None:
-    """Checked against the same steps in float64. Rates count what "auto" would take, so that they compare like times."""
+    """Checked against the same steps in float64; rates count the Gram form of as many steps."""
     shapes, settings = LISTS[name], FORMS[form]
 
     def inputs(seed: int) -> tuple[Any, ...]:
