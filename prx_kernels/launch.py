@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -117,6 +119,27 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
 def custom_op(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """A CUDA op in this package's namespace; its definition for the CPU, its fake and its backward follow it."""
     return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=mutates, device_types="cuda")
+
+
+def on_cpu(op: CustomOpDef) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a CPU definition of an op.
+
+    torch keeps Dynamo from tracing into it, and for that imports Dynamo in the first call: two to six seconds that a
+    program which compiles nothing does without.
+    """
+
+    def register(definition: Callable[..., Any]) -> Callable[..., Any]:
+        op.register_kernel("cpu")(definition)
+        kept_from_dynamo = op._backend_fns["cpu"]
+
+        @wraps(definition)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return (kept_from_dynamo if "torch._dynamo" in sys.modules else definition)(*args, **kwargs)
+
+        op._backend_fns["cpu"] = run
+        return definition
+
+    return register
 
 
 def check_no_tangent(name: str, *tensors: Tensor | None) -> None:

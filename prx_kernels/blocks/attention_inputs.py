@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import check_no_tangent, check_one_device, custom_op
+from ..launch import check_no_tangent, check_one_device, custom_op, on_cpu
 from . import launch, reference
 
 # --- public ------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def _qk_norm_rope(
     )
 
 
-@_qk_norm_rope.register_kernel("cpu")
+@on_cpu(_qk_norm_rope)
 def _(
     img_qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, txt_kv: Tensor | None,
     txt_k_weight: Tensor | None, txt_offsets: Tensor | None, txt_length: int, packed_keys: bool, eps: float,
@@ -186,7 +186,7 @@ def _backward(
     )
 
 
-@_backward.register_kernel("cpu")
+@on_cpu(_backward)
 def _(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, img_qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor,
     txt_kv: Tensor | None, txt_k_weight: Tensor | None, txt_offsets: Tensor | None, packed_keys: bool, eps: float,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..launch import custom_op
+from ..launch import custom_op, on_cpu
 from . import kernels, reference
 
 # --- ops ---------------------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def square_sums(tensors: list[Tensor], counts: list[int]) -> Tensor:
     return out
 
 
-@square_sums.register_kernel("cpu")
+@on_cpu(square_sums)
 def _(tensors: list[Tensor], counts: list[int]) -> Tensor:
     out, at = _sums(tensors, counts).zero_(), 0
     for i, count in enumerate(counts):
@@ -62,7 +62,7 @@ def scaled_copy(sources: list[Tensor], outs: list[Tensor], counts: list[int], sc
     return squares
 
 
-@scaled_copy.register_kernel("cpu")
+@on_cpu(scaled_copy)
 def _(sources: list[Tensor], outs: list[Tensor], counts: list[int], scales: Tensor) -> Tensor:
     squares, at = torch.empty_like(scales), 0
     for i, count in enumerate(counts):
@@ -95,7 +95,7 @@ def momentum_scales(
     return kernels.launch_scales(grad_squares.float(), buffer_squares.float(), momentum, nesterov, factor)
 
 
-@momentum_scales.register_kernel("cpu")
+@on_cpu(momentum_scales)
 def _(
     grad_squares: Tensor, buffer_squares: Tensor, momentum: float, nesterov: bool, factor: Tensor | None = None
 ) -> Tensor:
@@ -138,7 +138,7 @@ def momentum_update(
     return squares
 
 
-@momentum_update.register_kernel("cpu")
+@on_cpu(momentum_update)
 def _(
     grads: list[Tensor],
     buffers: list[Tensor],
@@ -197,7 +197,7 @@ def apply_update(
     return bad
 
 
-@apply_update.register_kernel("cpu")
+@on_cpu(apply_update)
 def _(
     params: list[Tensor],
     updates: list[Tensor],

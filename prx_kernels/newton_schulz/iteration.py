@@ -15,7 +15,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from ..launch import custom_op
+from ..launch import custom_op, on_cpu
 from . import norm_kernels, reference
 from .polynomials import Coefficients, Polynomial, newton_schulz_flop, polynomials, safe_restarts
 from .symmetric_product import DTYPES, check_no_grad, sym_gemm
@@ -319,7 +319,7 @@ def _unit_norm(G: Tensor, eps: float, out: Tensor) -> None:
     norm_kernels.unit_norm(G, eps, out)
 
 
-@_unit_norm.register_kernel("cpu")
+@on_cpu(_unit_norm)
 def _(G: Tensor, eps: float, out: Tensor) -> None:
     out.copy_(reference.unit_norm(G, out.dtype, eps=eps))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..launch import custom_op
+from ..launch import custom_op, on_cpu
 from . import reference
 from . import symmetric_kernels as kernels
 
@@ -82,7 +82,7 @@ def _sym_gemm(
     return out
 
 
-@_sym_gemm.register_kernel("cpu")
+@on_cpu(_sym_gemm)
 def _(
     A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, scales: Tensor | None = None
 ) -> Tensor:
@@ -106,7 +106,7 @@ def _sym_gemm_out(
     kernels.sym_gemm(A, B, C, alpha, beta, gamma, out, scales)
 
 
-@_sym_gemm_out.register_kernel("cpu")
+@on_cpu(_sym_gemm_out)
 def _(
     A: Tensor, B: Tensor, C: Tensor | None, alpha: float, beta: float, gamma: float, out: Tensor,
     scales: Tensor | None = None,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..launch import custom_op
+from ..launch import custom_op, on_cpu
 from . import kernels, reference
 
 
@@ -67,7 +67,7 @@ def _normal(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
     return kernels.draw(sample_ids, seed, count, uniform=False)
 
 
-@_normal.register_kernel("cpu")
+@on_cpu(_normal)
 def _(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
     return reference.philox_normal(seed, (sample_ids.shape[0], count), sample_ids=sample_ids).contiguous()
 
@@ -82,7 +82,7 @@ def _uniform(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
     return kernels.draw(sample_ids, seed, count, uniform=True)
 
 
-@_uniform.register_kernel("cpu")
+@on_cpu(_uniform)
 def _(seed: Tensor, sample_ids: Tensor, count: int) -> Tensor:
     return reference.philox_uniform(seed, (sample_ids.shape[0], count), sample_ids=sample_ids)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..launch import NAMESPACE, custom_op
+from ..launch import NAMESPACE, custom_op, on_cpu
 from . import launch as kernels
 from . import reference
 
@@ -30,7 +30,7 @@ def project(
     return kernels.project(image, weight, bias, patch_size, _noise(t, seed, ids, noise_scale))
 
 
-@project.register_kernel("cpu")
+@on_cpu(project)
 def _(
     image: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor | None, seed: Tensor | None, ids: Tensor | None,
     patch_size: int, noise_scale: float,
@@ -60,7 +60,7 @@ def weight_gradient(
     return kernels.weight_gradient(grad, image, patch_size, _noise(t, seed, ids, noise_scale))
 
 
-@weight_gradient.register_kernel("cpu")
+@on_cpu(weight_gradient)
 def _(
     grad: Tensor, image: Tensor, t: Tensor | None, seed: Tensor | None, ids: Tensor | None, patch_size: int,
     noise_scale: float,
@@ -83,7 +83,7 @@ def image_gradient(grad: Tensor, weight: Tensor, t: Tensor | None, image: Tensor
     return kernels.image_gradient(grad, weight, t, image, patch_size)
 
 
-@image_gradient.register_kernel("cpu")
+@on_cpu(image_gradient)
 def _(grad: Tensor, weight: Tensor, t: Tensor | None, image: Tensor, patch_size: int) -> Tensor:
     return reference.patch_image_gradient(grad, weight, t, image, patch_size)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch import check_no_tangent, custom_op
+from ..launch import check_no_tangent, custom_op, on_cpu
 from . import kernels, reference
 
 # --- public ------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def _loss(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: floa
     return kernels.loss(tokens, image, t, patch_size, t_min, None, 0.0)
 
 
-@_loss.register_kernel("cpu")
+@on_cpu(_loss)
 def _(tokens: Tensor, image: Tensor, t: Tensor, patch_size: int, t_min: float) -> Tensor:
     return reference.x_prediction_loss(tokens, image, t, patch_size, t_min=t_min)
 
@@ -229,7 +229,7 @@ def _plain_loss_and_gradient(
     return losses, gradient.contiguous()
 
 
-_loss_and_gradient.register_kernel("cpu")(_plain_loss_and_gradient)
+on_cpu(_loss_and_gradient)(_plain_loss_and_gradient)
 
 
 @_loss_and_gradient.register_fake
@@ -242,7 +242,7 @@ def _scale(x: Tensor, factor: Tensor, unit: float) -> Tensor:
     return _plain_scale(x, factor, unit) if x.dtype == torch.float64 else kernels.scale(x, factor, unit, in_place=False)
 
 
-@_scale.register_kernel("cpu")
+@on_cpu(_scale)
 def _(x: Tensor, factor: Tensor, unit: float) -> Tensor:
     return _plain_scale(x, factor, unit)
 
@@ -260,7 +260,7 @@ def _scale_(x: Tensor, factor: Tensor, unit: float) -> None:
         kernels.scale(x, factor, unit, in_place=True)
 
 
-@_scale_.register_kernel("cpu")
+@on_cpu(_scale_)
 def _(x: Tensor, factor: Tensor, unit: float) -> None:
     if unit != 1.0 or not bool((factor == 1).all()):
         x.copy_(_plain_scale(x, factor, unit))

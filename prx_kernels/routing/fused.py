@@ -21,6 +21,7 @@ from ..launch import (
     custom_op,
     hint,
     jit,
+    on_cpu,
     on_device,
     tl,
     tuned,
@@ -333,7 +334,7 @@ def _enter_modulate(x: Tensor, keep: Tensor, shift: Tensor, scale: Tensor, eps: 
     return launch_enter_modulate(x, keep, shift, scale, eps)
 
 
-@_enter_modulate.register_kernel("cpu")
+@on_cpu(_enter_modulate)
 def _(x: Tensor, keep: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, h, _ = reference.enter_route_modulate(x, checked_range(keep, x.shape[1]), shift, scale, eps=eps)
     return y, h
@@ -352,7 +353,7 @@ def _modulate_backward(
     return launch_modulate_backward(grad_y, grad_h, y, scale, eps)
 
 
-@_modulate_backward.register_kernel("cpu")
+@on_cpu(_modulate_backward)
 def _(grad_y: Tensor, grad_h: Tensor, y: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return reference.modulate_backward(grad_y, grad_h, y, scale, eps=eps)
 
@@ -368,7 +369,7 @@ def _exit_gated(y: Tensor, branch: Tensor, gate: Tensor, byp: Tensor, keep: Tens
     return launch_exit_gated(y, branch, gate, byp, keep)
 
 
-@_exit_gated.register_kernel("cpu")
+@on_cpu(_exit_gated)
 def _(y: Tensor, branch: Tensor, gate: Tensor, byp: Tensor, keep: Tensor) -> Tensor:
     return reference.exit_route_gated(y, branch, gate, byp, checked_range(keep, byp.shape[1])).contiguous()
 
@@ -383,7 +384,7 @@ def _gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, keep: Tensor) -> 
     return launch_gate_backward(grad, branch, gate, keep)
 
 
-@_gate_backward.register_kernel("cpu")
+@on_cpu(_gate_backward)
 def _(grad: Tensor, branch: Tensor, gate: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return reference.gate_backward(grad, branch, gate, keep)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launch import check_no_tangent, check_one_device, custom_op
+from ..launch import check_no_tangent, check_one_device, custom_op, on_cpu
 from . import kernels, reference
 
 MAX_TOKENS = kernels.MAX_TOKENS
@@ -212,7 +212,7 @@ def _sample_keep(sample_ids: Tensor, seed: Tensor, tokens: int, kept: int) -> Te
     return kernels.sample_keep(sample_ids, seed, tokens, kept)
 
 
-@_sample_keep.register_kernel("cpu")
+@on_cpu(_sample_keep)
 def _(sample_ids: Tensor, seed: Tensor, tokens: int, kept: int) -> Tensor:
     return reference.smallest_keys(sample_ids, tokens, kept, seed=seed)
 
@@ -227,7 +227,7 @@ def _gather(x: Tensor, keep: Tensor) -> Tensor:
     return kernels.gather(x, keep)
 
 
-@_gather.register_kernel("cpu")
+@on_cpu(_gather)
 def _(x: Tensor, keep: Tensor) -> Tensor:
     return reference.gather_tokens(x, checked_range(keep, x.shape[1]))
 
@@ -242,7 +242,7 @@ def _scatter(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     return kernels.merge(x, y, keep, x.shape[1])
 
 
-@_scatter.register_kernel("cpu")
+@on_cpu(_scatter)
 def _(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     return reference.scatter_tokens(x, y, checked_range(keep, x.shape[1])).contiguous()
 
@@ -252,7 +252,7 @@ def _spread(y: Tensor, keep: Tensor, tokens: int) -> Tensor:
     return kernels.merge(None, y, keep, tokens)
 
 
-@_spread.register_kernel("cpu")
+@on_cpu(_spread)
 def _(y: Tensor, keep: Tensor, tokens: int) -> Tensor:
     return reference.scatter_tokens(y.new_zeros((y.shape[0], tokens, *y.shape[2:])), y, keep)
 
@@ -267,7 +267,7 @@ def _clear(x: Tensor, keep: Tensor) -> Tensor:
     return kernels.merge(x, None, keep, x.shape[1])
 
 
-@_clear.register_kernel("cpu")
+@on_cpu(_clear)
 def _(x: Tensor, keep: Tensor) -> Tensor:
     return reference.clear_tokens(x, keep).contiguous()
 
@@ -277,7 +277,7 @@ def _add(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     return kernels.merge(x, y, keep, x.shape[1], add=True)
 
 
-@_add.register_kernel("cpu")
+@on_cpu(_add)
 def _(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     return reference.add_tokens(x, y, keep).contiguous()
 
@@ -295,7 +295,7 @@ def _clear_(x: Tensor, keep: Tensor) -> None:
     kernels.update(x, None, keep)
 
 
-@_clear_.register_kernel("cpu")
+@on_cpu(_clear_)
 def _(x: Tensor, keep: Tensor) -> None:
     x.copy_(reference.clear_tokens(x, keep))
 
@@ -305,7 +305,7 @@ def _add_(x: Tensor, y: Tensor, keep: Tensor) -> None:
     kernels.update(x, y, keep)
 
 
-@_add_.register_kernel("cpu")
+@on_cpu(_add_)
 def _(x: Tensor, y: Tensor, keep: Tensor) -> None:
     x.copy_(reference.add_tokens(x, y, keep))
 

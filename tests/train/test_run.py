@@ -48,6 +48,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shapes"
 
 
+def test_drawing_on_a_cpu_imports_neither_dynamo_nor_what_it_brings(whole: Path, tmp_path: Path) -> None:
+    """Six of thirteen seconds went by before anything was drawn."""
+    program = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+print(sorted({"torch._dynamo", "torch._inductor", "sympy", "diffusers", "transformers", "timm"} & sys.modules.keys()))
+"""
+    picture = tmp_path / "picture.png"
+    words = [str(ROOT / "train/generate.py"), str(whole), "a red circle", "--out", str(picture), "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    assert picture.is_file()
+
+
 def test_a_run_writes_the_folder_of_the_design(whole: Path) -> None:
     assert json.loads((whole / "config.json").read_text())["train"]["steps"] == 12
     assert (whole / "latest").read_text().strip() == "checkpoints/step-00000012"

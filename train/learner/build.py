@@ -1,12 +1,15 @@
 """From a recipe to its modules: denoiser and text tower, initialised from the run's seed."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from prx_model.attention import check_backend
 from prx_model.packed_text import PackedText, pack
@@ -20,6 +23,8 @@ from train.randomness import derive_seed
 from train.ranks.graphs import KEYS_STEP
 from train.ranks.parallel import fill
 from train.recipes import Recipe, Text
+
+_FILLS = {name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")} | {"fill_", "zero_"}
 
 
 @dataclass
@@ -69,7 +74,7 @@ def build(recipe: Recipe, device: torch.device, prepare: Callable[[nn.Module], N
         check_backend(recipe.train.attention, device)
     except ValueError as error:
         raise UserError(f"train.attention: {error}") from None
-    with torch.device("meta"):
+    with on_paper():
         model = PRXTransformer(recipe.model, attention=recipe.train.attention)
     init = recipe.train.init
     _make_real(model, lambda g: model.initial_weights(g, init=init), recipe.train.seed, "weights", device, prepare)
@@ -80,6 +85,32 @@ def build(recipe: Recipe, device: torch.device, prepare: Callable[[nn.Module], N
             f"set --model.context-in-dim {tower.width}"
         )
     return Modules(model, tower)
+
+
+@contextmanager
+def on_paper() -> Iterator[None]:
+    """Modules made here have shapes and no memory, and their own first values are left out.
+
+    The first of them would import Dynamo, Inductor and sympy, 3 to 6 seconds, to fill nothing.
+    """
+    with torch.device("meta"), _Unfilled():
+        yield
+
+
+class _Unfilled(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        target = args[0] if args else given.get("tensor")
+        if isinstance(target, Tensor) and target.is_meta and func.__name__ in _FILLS:
+            return target
+        return func(*args, **given)
+
+
+def _empty(x: Tensor, device: torch.device) -> Tensor:
+    """Memory for a tensor without any; `empty_like` of one on the meta device would import sympy."""
+    if type(x) in (Tensor, nn.Parameter):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    return torch.empty_like(x, device=device)  # sharded
 
 
 def _make_real(
@@ -93,7 +124,7 @@ def _make_real(
     """From the meta device to a device, sharded in between, with its initial weights."""
     if prepare is not None:
         prepare(module)
-    module.to_empty(device=device)
+    module._apply(lambda x: _empty(x, device))
     fill(module, weights(torch.Generator().manual_seed(derive_seed(seed, purpose=purpose))))
 
 
@@ -160,7 +191,7 @@ def _tower(
 ) -> ByteTower | T5GemmaTower | CachedText:
     text = recipe.text
     if text.kind == "bytes":
-        with torch.device("meta"):
+        with on_paper():
             tower = ByteTower(recipe.model.context_in_dim, text.depth, text.num_heads, text.max_tokens)
         _make_real(tower, tower.initial_weights, recipe.train.seed, "tower weights", device, prepare)
         return tower

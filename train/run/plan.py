@@ -16,7 +16,7 @@ from train.data.loader import open_dataset, open_validation
 from train.data.readers import ImageDataset
 from train.data.text_cache import MEAN_TOKENS, cache_bytes
 from train.errors import UserError
-from train.learner.build import check, check_ranks
+from train.learner.build import check, check_ranks, on_paper
 from train.learner.optimizers import Named, named_parameters, split
 from train.ranks.parallel import mesh_shape
 from train.recipes import Recipe, TwoStages
@@ -137,7 +137,7 @@ def print_plan(recipe: Recipe | TwoStages, assumed: DryRun) -> None:
 
 def _on_paper(recipe: Recipe) -> dict[str, torch.nn.Module]:
     """The trained modules without memory."""
-    with torch.device("meta"):
+    with on_paper():
         modules: dict[str, torch.nn.Module] = {"model": PRXTransformer(recipe.model)}
         if recipe.text.kind == "bytes":
             text = recipe.text
