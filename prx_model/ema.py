@@ -22,6 +22,9 @@ class EMA:
         every: steps between updates.
         phase: which of `every` steps moves the averages: "first" is after batches 1, every + 1, …, "last" after batches
             every, 2·every, …, as in PRX's code.
+        ramp: move the n-th update (from 0) by 3/(n + 3) while that is more than 1 - decay: the average of power 2 of
+            https://arxiv.org/abs/2312.02696, section 3.1, which forgets the first weights. Without it they count for
+            more than a half until update 0.7/(1 - decay).
 
     Raises:
         ValueError: decay outside [0, 1), every < 1, or an unknown phase.
@@ -34,6 +37,7 @@ class EMA:
         decay: float = 0.999,
         every: int = 10,
         phase: str = "first",
+        ramp: bool = False,
     ) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"ema.decay must lie in [0, 1), got {decay}")
@@ -41,7 +45,7 @@ class EMA:
             raise ValueError(f"ema.every must be at least 1, got {every}")
         if phase not in ("first", "last"):
             raise ValueError(f'ema.phase must be "first" or "last", got {phase!r}')
-        self.decay, self.every = decay, every
+        self.decay, self.every, self.ramp = decay, every, ramp
         self.first_step = every - 1 if phase == "last" else 0
         """The first step that moves the averages, 0-based."""
         pairs = unwrapped(dict(parameters))
@@ -59,12 +63,16 @@ class EMA:
         if step % self.every != self.first_step:
             return
         device = _local(self.averages[0]).device
-        rate = torch.full((), 1.0 - self.decay, device=device)
+        rate = torch.full((), self.rate(step), device=device)
         if taken is not None:
             rate = rate * taken.to(device, torch.float32, non_blocking=True)
         for average, parameter in zip(self.averages, self.parameters, strict=True):
             # Not foreach: its lerp takes no rate that is on the device.
             _local(average).lerp_(_local(parameter).detach().float(), rate)
+
+    def rate(self, step: int) -> float:
+        """By what share the averages move towards the weights after optimizer step `step`, where it is its turn."""
+        return max(1.0 - self.decay, 3.0 / (step // self.every + 3.0)) if self.ramp else 1.0 - self.decay
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

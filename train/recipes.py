@@ -184,6 +184,8 @@ class EMASettings:
     """Steps from one update to the next."""
     phase: Literal["first", "last"] = "first"
     """first: after batches 1, 11, 21, …; last: after batches 10, 20, …, as in PRX's code."""
+    ramp: bool = False
+    """Move faster at first, so that the averages of a short run are not its initial weights; PRX's code does not."""
 
 
 @dataclass(frozen=True)
@@ -315,7 +317,7 @@ def shapes() -> Recipe:
         routing=Routing(enabled=False, start=1, end=2),
         muon=Muon(lr=6e-3, weight_decay=0.3),
         adam=Adam(lr=3e-3, weight_decay=0.3),
-        ema=EMASettings(decay=0.995, every=1),
+        ema=EMASettings(decay=0.995, every=1, ramp=True),
         train=Train(steps=1_880, batch=32, warmup=100, cooldown=400, clip=0.1),
         sampling=Sampling(steps=15, guidance=2.0, shift=3.0),
         evaluation=Evaluation(every=2_000, prompts=384, images=64, grid=25, raw="no"),
@@ -334,7 +336,7 @@ def scenes() -> Recipe:
         routing=Routing(enabled=False, start=1, end=4),
         muon=Muon(lr=5e-3),
         adam=Adam(lr=1e-3),
-        ema=EMASettings(decay=0.999, every=1),
+        ema=EMASettings(decay=0.999, every=1, ramp=True),
         train=Train(steps=20_000, batch=256, warmup=500, cooldown=4_000, clip=0.1),
         sampling=Sampling(steps=28, guidance=2.0, shift=2.5),
         evaluation=Evaluation(every=2_000, prompts=512, grid=25),
@@ -365,7 +367,7 @@ def pictograms() -> Recipe:
         routing=Routing(enabled=False, start=1, end=4),
         muon=Muon(lr=4e-3, weight_decay=0.1),
         adam=Adam(lr=2e-3, weight_decay=0.1),
-        ema=EMASettings(decay=0.995, every=1),
+        ema=EMASettings(decay=0.995, every=1, ramp=True),
         train=Train(steps=4_000, batch=32, warmup=100, cooldown=1_000, clip=0.1),
         sampling=Sampling(steps=28, guidance=3.0, shift=3.0),
         evaluation=Evaluation(every=1_000, images=218, grid=16),

@@ -146,6 +146,29 @@ def test_state_goes_round_into_another_average_and_continues_alike() -> None:
         assert not torch.equal(copy[name], average), "loading must copy, and the update must move"
 
 
+def test_a_ramp_forgets_the_first_weights_and_ends_in_the_decay() -> None:
+    """Weights that grow by 1 a step: their mean by t² is 3/4 of the last one, and the decay's lags by 1/(1 - decay)."""
+    model = nn.Linear(1, 1, bias=False)
+    ema = EMA(model.named_parameters(), decay=0.99, every=1, ramp=True)
+    for step in range(2_000):
+        with torch.no_grad():
+            model.weight.fill_(step + 1.0)
+        ema.update(step)
+        average = float(ema.averages[0])
+        if step == 0:
+            assert average == 1.0
+        if step == 200:
+            assert average == pytest.approx(0.75 * 201, rel=0.02)
+    assert ema.rate(297) == pytest.approx(0.01)
+    assert ema.rate(296) > 0.01 == pytest.approx(ema.rate(10_000))
+    assert average == pytest.approx(2_000 - 99, rel=1e-3)
+
+
+def test_a_ramp_counts_updates_and_not_steps() -> None:
+    ema = EMA(make_model().named_parameters(), decay=0.999, every=10, phase="last", ramp=True)
+    assert [ema.rate(step) for step in (9, 19, 29)] == pytest.approx([1.0, 0.75, 0.6])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

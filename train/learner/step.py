@@ -71,7 +71,7 @@ class Learner:
         self.copies = copies_of(self.trained.values())
         self.optimizers = Optimizers(self.parameters, recipe)
         averaged, ema = named_parameters(self.modules.trained()), recipe.ema
-        self.ema = EMA(averaged, decay=ema.decay, every=ema.every, phase=ema.phase)
+        self.ema = EMA(averaged, decay=ema.decay, every=ema.every, phase=ema.phase, ramp=ema.ramp)
         self.skipped = torch.zeros(2, dtype=torch.int64, device=world.device)
         """Steps left out because their gradient was not finite: all, and the last ones in a row."""
 
