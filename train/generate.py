@@ -6,13 +6,17 @@ python train/generate.py runs/shapes "a red circle on a blue background, top lef
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from prx_model.ranges import Range  # noqa: E402
 from train.commandline import read_options  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
+
+if TYPE_CHECKING:
+    from train.data.settings import Data
+    from train.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def draw(arguments: Arguments) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     drawn = replace(recipe, sampling=sampling, data=data)
-    for note in evaluate.guidance_notes(drawn):
+    for note in [*evaluate.guidance_notes(drawn), *_size_note(recipe, data)]:
         print(f"note: {note}")
     prompts = [prompt for prompt in arguments.prompts for _ in range(arguments.grid)]
     seeds = range(arguments.seed, arguments.seed + len(prompts))
@@ -91,6 +95,23 @@ def draw(arguments: Arguments) -> None:
         save_picture(images[0], arguments.out)
     else:
         save_grid(images, prompts, arguments.out)
+
+
+def _size_note(recipe: "Recipe", asked: "Data") -> list[str]:
+    """What a user should know about a size that the model has never seen."""
+    from train.data.buckets import bucket_sizes
+
+    data = recipe.data
+    seen = {(data.height, data.width)}
+    if data.buckets:
+        seen |= set(bucket_sizes(data.height, data.width, recipe.model.patch_size))
+    if (asked.height, asked.width) in seen:
+        return []
+    trained = f"around {data.height}x{data.width}" if data.buckets else f"of {data.height}x{data.width}"
+    return [
+        f"this model was trained on pictures {trained} (height x width); pictures of {asked.height}x{asked.width} are "
+        "often worse"
+    ]
 
 
 def _positional() -> type[Arguments]:

@@ -18,14 +18,16 @@ from train.learner.build import check_ranks
 from train.learner.optimizers import learning_rate_factor
 from train.learner.step import Learner
 from train.ranks import faults
-from train.ranks.parallel import World, agree, patience
+from train.ranks.parallel import World, agree, from_main, patience
 from train.recipes import Recipe
+from train.run.end import read_end, write_end
 from train.run.folder import SAMPLES, run_folder, write_config
 from train.run.meter import Meter
 from train.run.metrics import Display, Metrics, drop_metrics_after
 from train.run.profiling import Profiler
 from train.run.resuming import Progress, Resuming
 from train.run.stages import carry_over
+from train.run.told import evaluation_line, start_line
 from train.shown import tell
 
 _LOG_EVERY = 10
@@ -54,7 +56,7 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, world: World, *, stage: int = 0, previous: Path | None = None, force: bool = False
     ) -> None:
-        self.recipe, self.world, self.stage = recipe, world, stage
+        self.recipe, self.world, self.stage, self.force = recipe, world, stage, force
         self.folder = run_folder(recipe)
         check_ranks(recipe, world.size)
         resuming = Resuming(recipe, self.folder, world, force=force)
@@ -87,7 +89,7 @@ class Trainer:
         if found is not None:
             load_into(found, self.learner.tensors(), self.checkpointer.group)
             self.learner.skipped.copy_(torch.tensor(progress.skipped))
-            if self.world.is_main:
+            if self.world.is_main and self.step < self.recipe.train.steps:
                 tell(f"going on with {self.folder} at step {self.step}")
         elif previous is not None:
             self.first_position = carry_over(previous, self.learner.tensors(), self.checkpointer.group)
@@ -99,9 +101,16 @@ class Trainer:
             UserError: too many steps in a row whose gradient is not finite.
         """
         recipe, world = self.recipe, self.world
+        ended = from_main(read_end(self.folder, recipe.train.steps), world)
+        if ended is not None and self.step == recipe.train.steps and not self.force:
+            self.checkpointer.close()
+            if world.is_main:
+                tell(f"{self.folder} is finished: nothing is trained or written; train.steps says how far a run goes")
+            return Outcome(self.folder, self.step, True, *ended)
         if world.is_main:
             write_config(self.folder, recipe)
             drop_metrics_after(self.folder, self.step)
+            tell(start_line(recipe, world, self.folder, self.learner.parameters, self.dataset))
         metrics = Metrics(self.folder, enabled=world.is_main)
         scores: dict[str, float] = {}
         grid: Path | None = None
@@ -114,6 +123,8 @@ class Trainer:
                 try:
                     self._train(metrics, display)
                     scores, grid = self._evaluate(metrics, display, final=True)
+                    if world.is_main:
+                        write_end(self.folder, self.step, scores, grid)
                 except faults.Interrupted:
                     if self.step != self.saved:
                         self._save(wait=True)
@@ -144,6 +155,7 @@ class Trainer:
                 display.say(f"profile: {trace}")
             skips.remember(self.step, batch, result.losses, learner.skipped[1])
             self.step += 1
+            display.tick(self.step)
             self.meter.add(result, waited)
             self.watchdog.beat()
             if self.step % _LOG_EVERY == 0 or self.step == recipe.train.steps:
@@ -187,6 +199,9 @@ class Trainer:
         if grid is not None and self.world.is_main:
             metrics.picture(self.step, "samples", grid)
         metrics.log(self.step, {f"eval/{name}": value for name, value in scores.items()})
+        line = None if final else evaluation_line(self.step, scores, grid)
+        if line is not None:
+            display.say(line)
         return scores, grid
 
     def _between(self) -> None:

@@ -320,7 +320,7 @@ def shapes() -> Recipe:
         ema=EMASettings(decay=0.995, every=1, ramp=True),
         train=Train(steps=1_880, batch=32, warmup=100, cooldown=400, clip=0.1),
         sampling=Sampling(steps=15, guidance=2.0, shift=3.0),
-        evaluation=Evaluation(every=2_000, prompts=384, images=64, grid=25, raw="no"),
+        evaluation=Evaluation(every=300, prompts=384, images=64, grid=25, raw="no"),
         checkpoint=Checkpoint(every=500),
     )
 

@@ -42,6 +42,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     done = start(folder, "--train.steps", "12", "--checkpoint.every", "6", "--routing.enabled")
     assert done.returncode == 0, done.stderr
+    first = done.stdout.splitlines()[0]
+    assert first.startswith("shapes: ")
+    assert "parameters on CPU in float32; shapes drawn on the fly of 32x32, batch 8, 12 steps" in first
+    assert f"tensorboard --logdir {folder}" in first
     last = done.stdout.strip().splitlines()[-1]
     assert "prompt accuracy on 8 prompts never trained on: colour" in last
     assert last.endswith("samples/step-00000012.png")
@@ -108,8 +112,43 @@ def test_a_finished_run_started_again_only_reports(whole: Path, tmp_path: Path) 
     shutil.copytree(whole, tmp_path / "shapes")
     done = start(tmp_path, "--train.steps", "12", "--checkpoint.every", "6", "--routing.enabled")
     assert done.returncode == 0, done.stderr
-    assert "prompt accuracy" in done.stdout.strip().splitlines()[-1]
+    finished, last = done.stdout.strip().splitlines()
+    assert finished.startswith(f"{tmp_path / 'shapes'} is finished: nothing is trained or written")
+    assert last.startswith("prompt accuracy on 8 prompts")
+    assert last.endswith("samples/step-00000012.png")
+    files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    copied = tmp_path / "shapes"
+    assert files == {path.relative_to(copied): path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, '{"step": 11, "scores": {}, "grid": null}', '{"step": 12}'])
+def test_an_end_that_is_damaged_or_another_s_is_evaluated_anew(whole: Path, tmp_path: Path, content: str) -> None:
+    shutil.copytree(whole, tmp_path / "shapes")
+    kept = (whole / "end.json").read_text()
+    (tmp_path / "shapes/end.json").write_text(content)
+    done = start(tmp_path, "--train.steps", "12", "--checkpoint.every", "6", "--routing.enabled")
+    assert done.returncode == 0, done.stderr
+    assert "is finished" not in done.stdout
+    assert (tmp_path / "shapes/end.json").read_text() == kept
     assert_same(tensors(whole, 12), tensors(tmp_path / "shapes", 12))
+
+
+def test_evaluations_on_the_way_say_what_they_found(tmp_path: Path) -> None:
+    done = start(tmp_path, "--train.steps", "4", "--evaluation.every", "2", "--evaluation.raw", "loss")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("step 2: "))
+    assert "ema/loss/32x32 " in line
+    assert "raw/loss/32x32 " in line
+    assert line.endswith(f"samples: {tmp_path / 'shapes/samples/step-00000002.png'}")
+
+
+def test_drawing_at_another_size_than_was_trained_says_so(whole: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "picture.png")
+    told = "this model was trained on pictures of 32x32 (height x width); pictures of 16x48 are often worse"
+    done = run_program("generate", str(whole), "a red circle", "--out", out, "--height", "16", "--width", "48")
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout
+    assert "trained on" not in run_program("generate", str(whole), "a red circle", "--out", out, "--height", "32").stdout
 
 
 def test_other_settings_in_the_same_folder_are_refused(whole: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """One evaluation of a run, from beginning to end: which weights are judged by what, and where the results go."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from train.learner.step import Learner
 from train.ranks.parallel import World, from_main
 from train.recipes import Recipe
 from train.shown import address
+
+_SECONDS = 10.0
+"""Between two lines about an evaluation that is under way."""
 
 
 class Evaluation:
@@ -61,7 +65,8 @@ class Evaluation:
             scores |= self._measure(learner, "ema", distances=True, between=between)
             if final and recipe.data.kind in ("shapes", "scenes"):
                 say("scoring held-out prompts …")
-                scores |= evaluate.prompt_accuracy(modules, recipe, world, between)
+                told = _Parts("scoring held-out prompts", say, between)
+                scores |= evaluate.prompt_accuracy(modules, recipe, world, told)
         if recipe.evaluation.raw != "no":
             everything = recipe.evaluation.raw == "all"
             scores |= self._measure(learner, "raw", distances=everything, between=between)
@@ -93,3 +98,24 @@ def _check(recipe: Recipe, validation: HeldOut | None) -> None:
             "evaluation.fid, cmmd and dino_mmd need at least 2 pictures, got "
             f"{len(validation)} in the split 'val' and evaluation.samples {samples}"
         )
+
+
+class _Parts:
+    """Says now and then how many parts of an evaluation are done; call it after each.
+
+    Args:
+        what: is being done.
+        say: tells the user.
+        then: called after every part, too.
+    """
+
+    def __init__(self, what: str, say: Callable[[str], None], then: Callable[[], None]) -> None:
+        self.what, self.say, self.then = what, say, then
+        self.done, self._last = 0, time.monotonic()
+
+    def __call__(self) -> None:
+        self.done += 1
+        if time.monotonic() - self._last >= _SECONDS:
+            self._last = time.monotonic()
+            self.say(f"{self.what}: {self.done} batches done")
+        self.then()

@@ -137,6 +137,11 @@ class Display:
         if self.live:
             self._progress.stop()
 
+    def tick(self, step: int) -> None:
+        """Move the bar; where there is none, nothing."""
+        if self.live:
+            self._progress.update(self._task, completed=step)
+
     def update(self, step: int, values: dict[str, Any]) -> None:
         """Show the state after `step` steps; values: loss, images/s, and MFU where it is known."""
         if not self.enabled:
