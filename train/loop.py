@@ -105,7 +105,7 @@ class Trainer:
         if ended is not None and self.step == recipe.train.steps and not self.force:
             self.checkpointer.close()
             if world.is_main:
-                tell(f"{self.folder} is finished: nothing is trained or written; train.steps says how far a run goes")
+                tell(f"{self.folder} at step {self.step} is finished: nothing is trained or written again")
             return Outcome(self.folder, self.step, True, *ended)
         if world.is_main:
             write_config(self.folder, recipe)

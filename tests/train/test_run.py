@@ -113,7 +113,7 @@ def test_a_finished_run_started_again_only_reports(whole: Path, tmp_path: Path) 
     done = start(tmp_path, "--train.steps", "12", "--checkpoint.every", "6", "--routing.enabled")
     assert done.returncode == 0, done.stderr
     finished, last = done.stdout.strip().splitlines()
-    assert finished.startswith(f"{tmp_path / 'shapes'} is finished: nothing is trained or written")
+    assert finished.startswith(f"{tmp_path / 'shapes'} at step 12 is finished: nothing is trained or written again")
     assert last.startswith("prompt accuracy on 8 prompts")
     assert last.endswith("samples/step-00000012.png")
     files = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
