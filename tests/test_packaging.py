@@ -5,11 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email.message import Message
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import prx_kernels
 
@@ -58,6 +61,15 @@ def test_base_dependencies_are_torch_and_triton_alone(metadata: Message) -> None
     assert {re.split(r"[<>=;\s]", line)[0] for line in base} == {"torch", "triton"}
     assert [line for line in base if line.startswith("triton") and "linux" not in line] == []
     assert set(metadata.get_all("Provides-Extra") or []) == {"model", "train", "flash"}
+
+
+@pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not the environment that `uv sync` makes")
+def test_the_environment_holds_the_versions_that_are_said_to_be_tested() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]
+    for line in settings["constraint-dependencies"]:
+        constraint = Requirement(line)
+        if constraint.marker is None or constraint.marker.evaluate():
+            assert constraint.specifier.contains(version(constraint.name)), f"{line}, got {version(constraint.name)}"
 
 
 def test_name_version_licence_and_python_are_declared(metadata: Message) -> None:
