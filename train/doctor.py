@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from prx_model.captions import clean_caption  # noqa: E402
 from train.commandline import DryRun, parse  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 from train.recipes import Recipe, TwoStages  # noqa: E402
@@ -159,6 +160,8 @@ def _captions(found: Findings, dataset: "ImageDataset", recipe: Recipe) -> float
     """Lengths of captions; gives the mean in tokens where it can be told."""
     missing: list[str] = []
     captions = list(islice(dataset.captions(missing.append), _CAPTIONS))
+    if recipe.text.clean:
+        captions = list(map(clean_caption, captions))
     if not captions:
         found.wrong.append(f"no caption in {', '.join(dataset.caption_columns)} of any row")
         return None

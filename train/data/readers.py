@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from prx_model.captions import clean_caption
 from train.data.buckets import BucketPlan, Size, assign
 from train.data.example import Example, Substituted
+from train.data.formats.cells import JSON
 from train.data.rows import BadSample, ImageIndex, RawRow, no_column, sha256
 from train.data.sampler import index_at
 from train.errors import UserError
@@ -184,14 +186,16 @@ class ImageDataset:
         return captions[int(generator(self.seed, purpose="caption", position=position).random() * len(captions))]
 
     def _captions(self, row: RawRow) -> list[str]:
-        """The row's captions that are not empty, with its style before each."""
+        """The row's captions of which cleaning leaves something, as they are stored, with its style before each."""
         cells = [row.columns.get(name) for name in self.caption_columns]
-        captions = [cell.strip() for cell in cells if isinstance(cell, str) and cell.strip()]
+        captions = [cell.strip() for cell in cells if isinstance(cell, str) and clean_caption(cell)]
         if not captions:
-            raise BadSample(
-                f"{self.index.path}: {row.key}: no caption in {', '.join(self.caption_columns)}; "
-                "write one, remove the row, or name another column in caption_columns"
+            found = (row.unread.get(name) for name in (*self.caption_columns, JSON))
+            unread = "; ".join(dict.fromkeys(why for why in found if why))
+            advice = (
+                f": {unread}" if unread else "; write one, remove the row, or name another column in caption_columns"
             )
+            raise BadSample(f"{self.index.path}: {row.key}: no caption in {', '.join(self.caption_columns)}{advice}")
         prefix = self.style_prefixes.get(str(row.columns.get(self.style_column))) if self.style_column else None
         return [prefixed(caption, prefix) for caption in captions] if prefix else captions
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,8 @@ class RawRow:
     """All text, number and boolean columns of the row; None where a cell is empty."""
     key: str
     """File and row (counted from 0) or line (from 1) inside the index's path, with the row's own name if it has one."""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    """What is wrong with cells that are there and cannot be read, by column; they are None in `columns`."""
 
 
 class ImageIndex(Protocol):

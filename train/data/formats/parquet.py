@@ -117,6 +117,11 @@ class ParquetIndex:
             self._picture(cells[self._image], self._files[file], key),
             {name: cells.get(name) for name in self.columns},
             key,
+            {
+                name: f"its {name} is no UTF-8; write the row again"
+                for name, cell in cells.items()
+                if cell is None and table.column(name)[position - start].is_valid
+            },
         )
 
     def key(self, index: int) -> str:
@@ -279,7 +284,7 @@ def _check_columns(file: Path | str, schema: pa.Schema, image_column: str, capti
         kind = schema.field(name).type
         if setting == "image_column" and not _is_picture(kind):
             raise UserError(f"{address(file)}: column {name!r} (image_column) holds {kind}, not encoded picture bytes")
-        if setting == "caption_columns" and not _is_text(kind):
+        if setting == "caption_columns" and not _is_caption(kind):
             raise UserError(f"{address(file)}: column {name!r} (caption_columns) holds {kind}, not text")
 
 
@@ -319,10 +324,16 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
+def _is_caption(kind: pa.DataType) -> bool:
+    return _is_text(kind) or bool(pa.types.is_null(kind))  # a file of which no row has one
+
+
 def _is_picture(kind: pa.DataType) -> bool:
     kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
-    return bool(_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+    return bool(
+        _is_caption(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    )

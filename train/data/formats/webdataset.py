@@ -15,17 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from train.data.formats.cells import JSON, Cells, cells_of
 from train.data.formats.storage import MissingFile, Storage, is_url
 from train.data.rows import (
     BadSample,
     RawRow,
-    is_plain,
-    kind_of,
     listing,
     no_column,
     no_split,
@@ -37,7 +36,6 @@ from train.data.rows import (
 from train.data.sizes import upright_size
 from train.errors import UserError
 from train.shown import address
-from train.side_files import parse_json
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "jfif")
 """Last parts of the endings that pictures have."""
@@ -104,8 +102,9 @@ class TarIndex:
         )
         columns = dict[str, None]()
         nested: dict[str, str] = {}
-        for _, cells in islice(self._texts(0, nested), _FIRST_SAMPLES):
-            columns.update(dict.fromkeys(cells))
+        for _, cells in islice(self._texts(0), _FIRST_SAMPLES):
+            columns.update(dict.fromkeys(n for n in (*cells.values, *cells.unread) if n != JSON))
+            nested |= cells.nested
         self.columns = tuple(columns)
         for name in captions:
             if name not in columns:
@@ -126,11 +125,12 @@ class TarIndex:
         except (_DamagedTar, StopIteration) as error:
             raise BadSample(f"{self.path}: {key}: cannot be read ({short(error)}); copy the file again") from None
         begin, size = sample.members[_picture(sample, self._image) or ""]
-        cells = _cells(sample, lambda at, count: span[at : at + count])
+        cells = cells_of(sample.members, lambda at, count: span[at : at + count])
         return RawRow(
             span[begin : begin + size],
-            {name: cells.get(name) for name in self.columns},
+            {name: cells.values.get(name) for name in self.columns},
             f"{key} ({sample.key})",
+            cells.unread,
         )
 
     def key(self, index: int) -> str:
@@ -142,7 +142,8 @@ class TarIndex:
         """See ImageIndex."""
         for shard, name in enumerate(self._names):
             for number, (_, cells) in enumerate(self._texts(shard)):
-                yield RawRow(b"", {name: cells.get(name) for name in self.columns}, f"{name} row {number}")
+                row = {name: cells.values.get(name) for name in self.columns}
+                yield RawRow(b"", row, f"{name} row {number}", cells.unread)
 
     def sizes(self, width: str, height: str) -> NDArray[np.int32]:
         """See ImageIndex."""
@@ -150,7 +151,7 @@ class TarIndex:
 
         def of_shard(shard: int) -> list[tuple[int, int]]:
             if told:
-                return [size_of_cells(cells, width, height) for _, cells in self._texts(shard)]
+                return [size_of_cells(cells.values, width, height) for _, cells in self._texts(shard)]
             found = []
             with self._storage.open(self._files[shard]) as file:
                 for sample in self._rows(shard, file):
@@ -178,11 +179,11 @@ class TarIndex:
                 number += 1
                 yield sample
 
-    def _texts(self, shard: int, nested: dict[str, str] | None = None) -> Iterator[tuple[_Sample, dict[str, Any]]]:
-        """The samples of a shard with the content of their text files; pictures are jumped over; see `_cells`."""
+    def _texts(self, shard: int) -> Iterator[tuple[_Sample, Cells]]:
+        """The samples of a shard with the content of their text files; pictures are jumped over."""
         with self._storage.open(self._files[shard]) as file:
             for sample in self._rows(shard, file):
-                yield sample, _cells(sample, lambda at, count: _at(file, at, count), nested)
+                yield sample, cells_of(sample.members, lambda at, count: _at(file, at, count))
 
     def _scan_all(self, files: Sequence[Path | str], cache: Path | None) -> list[tuple[NDArray[np.int64], str]]:
         """Of each shard: start and length of its samples, (n, 2), and what is wrong with it, if anything."""
@@ -304,30 +305,6 @@ def _picture(sample: _Sample, image_column: str) -> str | None:
     if image_column in sample.members:
         return image_column
     return next((ending for ending in sample.members if ending.rpartition(".")[2] in PICTURES), None)
-
-
-def _cells(sample: _Sample, read: Any, nested: dict[str, str] | None = None) -> dict[str, Any]:
-    """JSON's fields, and text files by what stands before ".txt" in their ending ("txt" and "caption" for nothing).
-
-    Fields that are lists or objects are no cells; what they are is added to `nested`.
-    """
-    cells: dict[str, Any] = {}
-    fields: dict[str, Any] = {}
-    for ending, (at, size) in sample.members.items():
-        name, _, last = ending.rpartition(".")
-        if last in ("txt", "text", "caption"):
-            text = read(at, size).decode("utf-8", errors="replace")
-            cells |= {name: text} if name else {"txt": text, "caption": text}
-        elif ending == "json":
-            try:
-                content = parse_json(read(at, size))
-            except ValueError:
-                content = None
-            content = content if isinstance(content, dict) else {}
-            fields = {n: v for n, v in content.items() if is_plain(v)}
-            if nested is not None:
-                nested |= {n: kind_of(v) for n, v in content.items() if not is_plain(v)}
-    return {**cells, **fields}
 
 
 def _at(file: BinaryIO, start: int, length: int) -> bytes:
