@@ -122,6 +122,7 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
     found.values |= {
         "path": address(recipe.data.path),
         "samples": len(dataset),
+        "account": {**vars(dataset.index.account), "left": dict(dataset.index.account.left)},
         "validation": 0 if validation is None else len(validation),
         "columns": list(dataset.index.columns),
         "opened_in_seconds": round(time.monotonic() - began, 2),
@@ -322,6 +323,7 @@ def render(found: Findings) -> str:
 
 
 def _lines(found: Findings) -> Iterator[str]:
+    from train.data.rows import Account
     from train.run.plan import in_units
 
     values, cost = found.values, found.values["cost"]
@@ -332,6 +334,7 @@ def _lines(found: Findings) -> Iterator[str]:
             f"{values['preset']}: {values['path']}: {values['samples']:,} samples and {values['validation']:,} for "
             f"validation, opened in {values['opened_in_seconds']:g} s; {values['epochs']:g} epochs"
         )
+        yield f"  {Account(**values['account']).sentence()}"
         yield f"  columns: {', '.join(values['columns'])}"
         for bucket in values["buckets"]:
             share = bucket["pictures"] / values["samples"]

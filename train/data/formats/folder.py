@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from train.data.formats.cells import escaped, plain_text
 from train.data.rows import (
     SPLIT_COLUMN,
+    Account,
     BadSample,
     RawRow,
     is_plain,
@@ -42,12 +43,13 @@ class FolderIndex:
         # The text itself and offsets into it, not parsed objects: forked workers would copy those, page by page.
         self._text = [_utf8(file) for file in files]
         lines: list[tuple[int, int, int, int]] = []
+        seen = 0
         pictures: list[Path] = []
         described, columns, nested = [f"jsonl {split}"], dict[str, None](), dict[str, str]()
         for number, file in enumerate(files):
             default, before = split_in_path(file.relative_to(path)) or "train", len(lines)
             for line, start, end in _lines(self._text[number]):
-                entry = self._entry(number, line, start, end)
+                entry, seen = self._entry(number, line, start, end), seen + 1
                 if row_split(entry.get(SPLIT_COLUMN), default) != split:
                     continue
                 columns.update(dict.fromkeys(name for name, value in entry.items() if is_plain(value)))
@@ -70,6 +72,8 @@ class FolderIndex:
         self.columns, self.fingerprint = tuple(columns), sha256(described)
         self._lines = np.array(lines, dtype=np.int64)
         self.problems: tuple[str, ...] = ()
+        others = {f"of other splits than {split}": seen - len(lines)}
+        self.account = Account("lines", seen, len(lines), len(lines), others)
 
     def __len__(self) -> int:
         return len(self._lines)
