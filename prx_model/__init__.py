@@ -9,18 +9,30 @@ from typing import TYPE_CHECKING, Any
 from .config import PRXConfig, Routing, Sampling
 
 if TYPE_CHECKING:
+    from .captions import clean_caption
     from .ema import EMA
     from .sampler import sample
     from .text import ByteTower, T5GemmaTower
     from .transformer import PRXTransformer
 
-__all__ = ["EMA", "ByteTower", "PRXConfig", "PRXTransformer", "Routing", "Sampling", "T5GemmaTower", "sample"]
+__all__ = [
+    "EMA",
+    "ByteTower",
+    "PRXConfig",
+    "PRXTransformer",
+    "Routing",
+    "Sampling",
+    "T5GemmaTower",
+    "clean_caption",
+    "sample",
+]
 
 _HOME = {
     "EMA": "ema",
     "ByteTower": "text",
     "PRXTransformer": "transformer",
     "T5GemmaTower": "text",
+    "clean_caption": "captions",
     "sample": "sampler",
 }
 

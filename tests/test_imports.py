@@ -21,7 +21,7 @@ UPPER = {"benchmarks", "examples", "tests"}
 FLOORS = {
     "prx_model": (
         ("ranges", "wrappers"),
-        ("config", "convert", "ema", "flow", "packed_text", "teacher_constants", "teacher_weights", "text"),
+        ("captions", "config", "convert", "ema", "flow", "packed_text", "teacher_constants", "teacher_weights", "text"),
         ("attention", "flops", "teachers"),
         ("layers",),
         ("transformer",),

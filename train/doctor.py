@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from prx_model.captions import clean_caption  # noqa: E402
 from train.commandline import DryRun, parse  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 from train.recipes import Recipe, TwoStages  # noqa: E402
@@ -121,6 +122,7 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
     found.values |= {
         "path": address(recipe.data.path),
         "samples": len(dataset),
+        "account": {**vars(dataset.index.account), "left": dict(dataset.index.account.left)},
         "validation": 0 if validation is None else len(validation),
         "columns": list(dataset.index.columns),
         "opened_in_seconds": round(time.monotonic() - began, 2),
@@ -159,6 +161,8 @@ def _captions(found: Findings, dataset: "ImageDataset", recipe: Recipe) -> float
     """Lengths of captions; gives the mean in tokens where it can be told."""
     missing: list[str] = []
     captions = list(islice(dataset.captions(missing.append), _CAPTIONS))
+    if recipe.text.clean:
+        captions = list(map(clean_caption, captions))
     if not captions:
         found.wrong.append(f"no caption in {', '.join(dataset.caption_columns)} of any row")
         return None
@@ -319,6 +323,7 @@ def render(found: Findings) -> str:
 
 
 def _lines(found: Findings) -> Iterator[str]:
+    from train.data.rows import Account
     from train.run.plan import in_units
 
     values, cost = found.values, found.values["cost"]
@@ -329,6 +334,7 @@ def _lines(found: Findings) -> Iterator[str]:
             f"{values['preset']}: {values['path']}: {values['samples']:,} samples and {values['validation']:,} for "
             f"validation, opened in {values['opened_in_seconds']:g} s; {values['epochs']:g} epochs"
         )
+        yield f"  {Account(**values['account']).sentence()}"
         yield f"  columns: {', '.join(values['columns'])}"
         for bucket in values["buckets"]:
             share = bucket["pictures"] / values["samples"]

@@ -38,7 +38,8 @@ def main() -> int:
         raise UserError(f"there is no folder {arguments.run}; give a run's folder, or one of its checkpoints/step-N")
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise UserError(f"--out {arguments.out} exists and is not an empty folder; nothing was written")
-    sampling = export(arguments.run, arguments.out, weights=arguments.weights).sampling
+    recipe = export(arguments.run, arguments.out, weights=arguments.weights)
+    sampling = recipe.sampling
     print(f"{arguments.out}: pipeline = PRXPixelPipeline.from_pretrained({str(arguments.out)!r})")
     # What diffusers has no setting for, this run may have drawn by.
     other = sampling.time_grid != "diffusers" or (sampling.guidance_kind == "self" and sampling.guidance != 1)
@@ -47,6 +48,8 @@ def main() -> int:
         "use_resolution_binning=False) draws as "
         + ("train/generate.py --time-grid diffusers --guidance-kind cfg does" if other else "this run did")
     )
+    if not recipe.text.clean:
+        print("note: text.clean is off in this run, but the pipeline cleans every prompt: give it plain ones")
     return 0
 
 

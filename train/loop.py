@@ -79,6 +79,8 @@ class Trainer:
 
     def _tell_notes(self) -> None:
         if self.world.is_main:
+            if isinstance(self.dataset, ImageDataset):
+                tell(f"data: {self.dataset.index.account.sentence()}")
             for note in [*notes(self.dataset, self.recipe.train.batch), *evaluate.guidance_notes(self.recipe)]:
                 tell(f"note: {note}")
 

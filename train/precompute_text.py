@@ -118,7 +118,7 @@ def _missing(
             if isinstance(dataset, ImageDataset):
                 yield from dataset.captions(captionless.append)
 
-    for caption in all_captions():
+    for caption in map(encoding.text, all_captions()):
         key = encoding.key(caption)
         if int.from_bytes(key, "little") % world.size != world.rank or key in seen:
             continue

@@ -29,6 +29,8 @@ class Text:
     revision: str = ""
     """Hub revision (t5gemma); the newest unless given."""
     max_tokens: Annotated[int, Range(1, 65_536)] = 256
+    clean: bool = True
+    """Captions and prompts are cleaned as diffusers' PRX pixel pipeline does (`prx_model.clean_caption`)."""
     cache: str = ""
     """Folder of embeddings written by train/precompute_text.py (t5gemma); the encoder is not loaded then."""
     storage: Literal["bf16", "fp8", "int8"] = "bf16"

@@ -6,10 +6,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from prx_model.sampler import initial_noise
 from tests.train.checkpoint.damage import reseal
 from tests.train.commands import TINY, run_program
 from train.run.trained import load_trained
@@ -66,6 +68,47 @@ def test_diffusers_draws_the_same_picture(run: Path, tmp_path: Path) -> None:
     )
     assert theirs.std() > 0.1
     assert (mine - theirs).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("prompt", [" a red cat ", "sign “Hi”", "it’s", "cats &amp; dogs"])
+def test_generate_and_the_exported_pipeline_draw_one_picture_of_a_prompt_as_people_write(
+    run: Path, tmp_path: Path, prompt: str
+) -> None:
+    assert run_program("export", str(run), "--out", str(tmp_path / "out")).returncode == 0
+    out, words = tmp_path / "picture.png", ("--time-grid", "diffusers", "--guidance-kind", "cfg", "--seed", "5")
+    done = run_program("generate", str(run), prompt, "--out", str(out), *words)
+    assert done.returncode == 0, done.stderr
+    from diffusers import PRXPixelPipeline
+
+    pipeline = PRXPixelPipeline.from_pretrained(tmp_path / "out")
+    pipeline.set_progress_bar_config(disable=True)
+    settings = load_trained(run, torch.device("cpu")).recipe.sampling
+    theirs = pipeline(
+        prompt,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        height=32,
+        width=32,
+        latents=initial_noise(torch.tensor([5]), 3, 32, 32),
+        output_type="np",
+        use_resolution_binning=False,
+    ).images[0]
+    drawn = np.asarray(Image.open(out)).astype(float)
+    assert drawn.std() > 10
+    assert np.abs(drawn - 255 * theirs).max() < 1.5
+    other = tmp_path / "raw.png"
+    plain_run = tmp_path / "uncleaned"
+    shutil.copytree(run, plain_run)
+    newest = plain_run / "checkpoints/step-00000030"
+    config = json.loads((newest / "config.json").read_text())
+    del config["text"]["clean"]  # as a run of before has it: its prompts are read as they stand
+    (newest / "config.json").write_text(json.dumps(config))
+    reseal(newest)
+    done = run_program("generate", str(plain_run), prompt, "--out", str(other), *words)
+    assert done.returncode == 0, done.stderr
+    assert other.read_bytes() != out.read_bytes()
+    done = run_program("export", str(plain_run), "--out", str(tmp_path / "raw"))
+    assert "note: text.clean is off in this run, but the pipeline cleans every prompt" in done.stdout
 
 
 def test_export_overwrites_nothing(run: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 Opening reads names, sizes and the small columns' headers only; picture bytes are read when a row is asked for.
 """
 
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from train.data.formats.folder import FolderIndex
 from train.data.formats.parquet import ParquetIndex
 from train.data.formats.storage import Storage, expand, is_url
 from train.data.formats.webdataset import TarIndex
-from train.data.rows import SPLITS, ImageIndex, listing
+from train.data.rows import SPLITS, ImageIndex, listing, short
 from train.errors import UserError, nearest
 from train.shown import address
 
@@ -31,8 +33,9 @@ def open_images(
 
     `path` is
     - a parquet file, or a folder of parquet files (at any depth);
-    - a tar file of WebDataset, or a folder of them: the files of a sample stand behind one another and share their
-      name up to the first dot; the picture is known by its ending, captions are `.txt` files or fields of `.json`;
+    - a tar file of WebDataset, or a folder of them: the files of a sample share their name up to the first dot (of
+      tar_members.py the rule for names with more); the picture is known by its ending, captions are `.txt` files or
+      fields of `.json`;
     - either of them by a pattern, `shard-{000000..000127}.tar`, on a disk or at an http(s) address;
     - a folder with `captions.jsonl` or `metadata.jsonl` (there, or in sub-folders named as splits), one object a line:
       `file_name` (or `file`, `image`, `path`, or what `image_column` says), relative to the JSONL, and the captions.
@@ -84,7 +87,7 @@ def _in_folder(
     captions: Sequence[str],
     split: str,
 ) -> ImageIndex:
-    jsonl, found = _jsonl_files(path), _shard_files(path)
+    jsonl, (found, problems) = _jsonl_files(path), _shard_files(path)
     if jsonl:
         for kind, files in found.items():
             if any(file.parent == path for file in files):
@@ -95,7 +98,9 @@ def _in_folder(
     if len(kinds) > 1:
         raise UserError(f"{path} holds both parquet and tar files; give the folder of one")
     if kinds:
-        return shards({file.relative_to(path).as_posix(): file for file in found[kinds[0]]})
+        index = shards({file.relative_to(path).as_posix(): file for file in found[kinds[0]]})
+        index.problems = (*problems, *index.problems)
+        return index
     listed = listing(entry.name for entry in path.iterdir())
     raise UserError(
         f"{path} {f'holds only {listed}' if listed else 'is an empty folder'}; it needs parquet or tar files, "
@@ -118,14 +123,46 @@ def _by_pattern(pattern: str) -> dict[str, Path | str]:
     return dict(zip(names, [place if is_url(place) else Path(place) for place in places], strict=True))
 
 
-def _shard_files(folder: Path) -> dict[str, list[Path]]:
-    """Parquet and tar files below a folder by their ending, without hidden ones."""
+def _shard_files(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """Parquet and tar files below a folder by their ending, and a sentence for each that is left out.
+
+    Links are followed, as all of a hub's cache is links; a folder or file that several names lead to is read once.
+    Hidden ones are not looked at.
+    """
     found: dict[str, list[Path]] = {kind: [] for kind in _SHARDS}
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.suffix.lower() in found and not hidden and file.is_file():
-            found[file.suffix.lower()].append(file)
-    return found
+    problems: list[str] = []
+    known: dict[tuple[int, int], Path] = {}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = os.stat(place)
+        if known.setdefault((here.st_dev, here.st_ino), Path(place)) != Path(place):
+            folders.clear()  # a link to a folder that was read, or that this one stands in
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            file = Path(place) / name
+            kind = file.suffix.lower()
+            if kind not in found:
+                if _is_packed(name):
+                    problems.append(f"{file} is compressed, which allows no random access; it is left out: unpack it")
+                continue
+            try:
+                status = file.stat()
+            except OSError as error:
+                reason = f"leads to {os.readlink(file)}, where nothing is" if file.is_symlink() else short(error)
+                problems.append(f"{file} {reason}; it is left out")
+                continue
+            first = known.setdefault((status.st_dev, status.st_ino), file)
+            if first == file:
+                found[kind].append(file)
+            else:
+                problems.append(f"{file} is the same file as {first}; it is read once")
+    for files in found.values():
+        files.sort()
+    return found, problems
+
+
+def _is_packed(name: str) -> bool:
+    return re.search(r"\.(tar|parquet)\.(gz|bz2|xz|zst|lz4)$|\.(tgz|zip)$", name.lower()) is not None
 
 
 def _jsonl_files(folder: Path) -> list[Path]:

@@ -276,7 +276,7 @@ def _picture_sizes(index: ImageIndex, columns: tuple[str, str], cache: Path | No
     """(rows, 2) height and width of an index's pictures, kept in the cache where there is one."""
     if cache is None:
         return index.sizes(*columns)
-    kept = cache / f"sizes-{sha256([index.fingerprint, *columns])[:32]}.npy"
+    kept = cache / f"upright-{sha256([index.fingerprint, *columns])[:32]}.npy"
     if not kept.exists():
         cache.mkdir(parents=True, exist_ok=True)
         temporary = kept.with_suffix(f".{os.getpid()}.tmp")

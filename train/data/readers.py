@@ -15,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from prx_model.captions import clean_caption
 from train.data.buckets import BucketPlan, Size, assign
 from train.data.example import Example, Substituted
+from train.data.formats.cells import JSON
 from train.data.rows import BadSample, ImageIndex, RawRow, no_column, sha256
 from train.data.sampler import index_at
+from train.data.sizes import orientation
 from train.errors import UserError
 from train.randomness import generator
 
@@ -27,7 +30,6 @@ MAX_PIXELS = 89_478_485
 _SUBSTITUTES = 32
 """Samples that are tried in place of one that cannot be read, before the data are given up."""
 
-_EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -184,14 +186,16 @@ class ImageDataset:
         return captions[int(generator(self.seed, purpose="caption", position=position).random() * len(captions))]
 
     def _captions(self, row: RawRow) -> list[str]:
-        """The row's captions that are not empty, with its style before each."""
+        """The row's captions of which cleaning leaves something, as they are stored, with its style before each."""
         cells = [row.columns.get(name) for name in self.caption_columns]
-        captions = [cell.strip() for cell in cells if isinstance(cell, str) and cell.strip()]
+        captions = [cell.strip() for cell in cells if isinstance(cell, str) and clean_caption(cell)]
         if not captions:
-            raise BadSample(
-                f"{self.index.path}: {row.key}: no caption in {', '.join(self.caption_columns)}; "
-                "write one, remove the row, or name another column in caption_columns"
+            found = (row.unread.get(name) for name in (*self.caption_columns, JSON))
+            unread = "; ".join(dict.fromkeys(why for why in found if why))
+            advice = (
+                f": {unread}" if unread else "; write one, remove the row, or name another column in caption_columns"
             )
+            raise BadSample(f"{self.index.path}: {row.key}: no caption in {', '.join(self.caption_columns)}{advice}")
         prefix = self.style_prefixes.get(str(row.columns.get(self.style_column))) if self.style_column else None
         return [prefixed(caption, prefix) for caption in captions] if prefix else captions
 
@@ -241,8 +245,10 @@ def decode(
             covering *= 1 if fast_jpeg else 2
             # JPEG only, elsewhere it does nothing: decode at 1/2, 1/4 or 1/8, still this much larger than needed.
             image.draft(None, (math.ceil(covering * image.width), math.ceil(covering * image.height)))
-            image.load()  # Before EXIF is read, which decodes a PNG and whose errors do not count.
-            return np.array((_cover if fit == "crop" else _stretch)(_rgb(_upright(image)), height, width))
+            turn = _UPRIGHT.get(orientation(image))
+            image.load()
+            upright = image if turn is None else image.transpose(turn)
+            return np.array((_cover if fit == "crop" else _stretch)(_rgb(upright), height, width))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(
             f"{name}: the picture is too large ({error}; the limit is {MAX_PIXELS:,} pixels); "
@@ -250,8 +256,20 @@ def decode(
         ) from error
     except Exception as error:  # Pillow's plugins raise whatever they stumble on: OSError, SyntaxError, struct.error, …
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        what = "no known picture format" if isinstance(error, UnidentifiedImageError) else what
+        what = _unknown(source) if isinstance(error, UnidentifiedImageError) else what
         raise BadSample(f"{name}: the picture cannot be decoded ({what}); replace it or remove the row") from error
+
+
+def _unknown(source: bytes | Path) -> str:
+    """What a file is that Pillow does not know, by its first bytes (ISO 14496-12, section 4.3; ISO 18181-2)."""
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            source = file.read(16)
+    if source[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return "HEIC, which needs pillow-heif to be installed"
+    if source.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
+        return "JPEG XL, which needs pillow-jxl-plugin to be installed"
+    return "no known picture format"
 
 
 def prefixed(caption: str, prefix: str) -> str:
@@ -277,14 +295,6 @@ def parse_prefixes(entries: Iterable[str]) -> dict[str, str]:
             raise UserError(f"two style prefixes for {value!r}: {prefixes[value]!r} and {prefix!r}; keep one")
         prefixes[value] = prefix
     return prefixes
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except Exception:  # A broken EXIF block says nothing about the pixels, which are decoded, and checked, after this.
-        turn = None
-    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -2,8 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,33 @@ class RawRow:
     """All text, number and boolean columns of the row; None where a cell is empty."""
     key: str
     """File and row (counted from 0) or line (from 1) inside the index's path, with the row's own name if it has one."""
+    unread: Mapping[str, str] = field(default_factory=dict)
+    """What is wrong with cells that are there and cannot be read, by column; they are None in `columns`."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """Where everything went that a place holds: `total` is `used`, and what is left out for each reason."""
+
+    unit: str
+    """What is counted: rows, lines, members of tar files."""
+    total: int
+    samples: int
+    used: int
+    """What makes the samples."""
+    left: Mapping[str, int]
+    """How many for each reason."""
+
+    def __post_init__(self) -> None:
+        if self.used + sum(self.left.values()) != self.total:
+            raise ValueError(f"{self.total} {self.unit} are not {self.used} and {dict(self.left)}")
+
+    def sentence(self) -> str:
+        """ "55 members make 11 samples (33 members); left out: 22 of the split val"."""
+        made = f"{self.total:,} {self.unit} make {self.samples:,} samples"
+        made += f" (of {self.used:,} {self.unit})" if self.used not in (self.total, self.samples) else ""
+        left = [f"{count:,} {reason}" for reason, count in self.left.items() if count]
+        return made + (f"; left out: {', '.join(left)}" if left else "")
 
 
 class ImageIndex(Protocol):
@@ -53,6 +80,8 @@ class ImageIndex(Protocol):
     """Names of the text, number and boolean columns."""
     fingerprint: str
     """SHA-256 (hex) over file names, sizes, row counts and the split, so that a resume can refuse changed data."""
+    account: Account
+    """What the readable files hold, and what of it became no sample."""
     problems: tuple[str, ...]
     """A sentence for each file that was left out, or of which only a part can be read."""
 
@@ -85,6 +114,17 @@ def split_in_path(relative: Path) -> str | None:
             if split := SPLITS.get(re.sub(r"(set|data|split)$", "", word)):
                 return split
     return None
+
+
+def unnamed(named: Collection[str], files: Collection[str]) -> list[str]:
+    """A sentence where some files say their split and others do not, which are then left out."""
+    others = [name for name in files if name not in named]
+    if not named or not others:
+        return []
+    return [
+        f"{len(others):,} files are left out, whose names say no split where those of others do ({listing(others)}); "
+        "name them train, val or test"
+    ]
 
 
 def row_split(value: object, default: str) -> str:

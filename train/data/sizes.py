@@ -1,5 +1,7 @@
 """Height and width of pictures from the first bytes of their files, without decoding them."""
 
+import importlib
+import importlib.util
 import io
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,8 +15,39 @@ HEAD_BYTES = 1 << 16
 """Where the size usually stands, behind a camera's preview at most; a picture that hides it deeper is read whole."""
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)
 """EXIF 2.32, tag 274, and its values that swap height and width."""
+_PLUGINS = {"pillow_heif": "register_heif_opener", "pillow_jxl": ""}
+"""Packages that teach Pillow HEIC and JPEG XL where they are installed, and what of them is to be called."""
+_EXIF_OF_PNG = {"exif", "xmp", "Raw profile type exif"}
 
 T = TypeVar("T")
+
+
+def _take_plugins() -> None:
+    for name, function in _PLUGINS.items():
+        if importlib.util.find_spec(name) is not None:
+            plugin = importlib.import_module(name)
+            if function:
+                getattr(plugin, function)()
+
+
+_take_plugins()  # in every process that reads pictures: each imports this file
+
+
+def orientation(image: Image.Image) -> int:
+    """How an opened picture must still be turned to stand upright, as EXIF 2.32, tag 274 has it: 1 … 8, 1 for not.
+
+    Sizes and decoding both ask here, before pixels are decoded, so they agree for every format. EXIF (or XMP) of a PNG
+    counts where it stands before the pixels, as in browsers: looking behind them would cost reading the whole file.
+    """
+    if image.format == "TIFF":  # Pillow turns those itself, and tells their size so
+        return 1
+    if image.format == "PNG" and not _EXIF_OF_PNG & image.info.keys():
+        return 1  # asked for EXIF, Pillow would decode the pixels to look behind them
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block says nothing about the pixels; Pillow raises whatever it stumbles on
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def upright_size(read: Callable[[int], bytes]) -> tuple[int, int]:
@@ -27,8 +60,7 @@ def upright_size(read: Callable[[int], bytes]) -> tuple[int, int]:
         try:
             with Image.open(io.BytesIO(head)) as image:
                 width, height = image.size
-                turned = image.getexif().get(_ORIENTATION) in _TURNED if image.format in ("JPEG", "MPO") else False
-                return (width, height) if turned else (height, width)
+                return (width, height) if orientation(image) in _TURNED else (height, width)
         except Exception:  # Pillow's plugins raise whatever they stumble on
             if len(head) < count:
                 return 0, 0

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prx_model.captions import clean_caption
 from train.errors import UserError
 from train.recipes import Text
 from train.side_files import parse_json
@@ -53,16 +54,23 @@ class Encoding:
     revision: str
     max_tokens: int
     storage: Storage
+    clean: bool = False
+    """Whether captions were cleaned (`prx_model.clean_caption`): not in a cache that does not say so, an old one."""
 
     @classmethod
     def of(cls, text: Text) -> "Encoding":
         """That of a recipe's text section."""
-        return cls(text.name, text.revision, text.max_tokens, text.storage)
+        return cls(text.name, text.revision, text.max_tokens, text.storage, text.clean)
 
     def key(self, caption: str) -> bytes:
-        """BLAKE2b over the caption and everything here, 16 bytes."""
-        fields = json.dumps([caption, self.name, self.revision, self.max_tokens, self.storage])
-        return hashlib.blake2b(fields.encode(), digest_size=16).digest()
+        """BLAKE2b over the caption, as the encoder gets it, and everything here: 16 bytes."""
+        fields: list[object] = [caption, self.name, self.revision, self.max_tokens, self.storage]
+        fields += ["clean"] if self.clean else []  # without, keys are those that old caches have
+        return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).digest()
+
+    def text(self, caption: str) -> str:
+        """The caption as the encoder gets it."""
+        return clean_caption(caption) if self.clean else caption
 
 
 def quantise(tokens: Tensor, storage: Storage) -> tuple[Tensor, Tensor | None]:
@@ -321,7 +329,10 @@ def _read_manifest(file: Path, encoding: Encoding) -> dict[str, int]:
     if there != encoding:
         before, now = asdict(there), asdict(encoding)
         changed = ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name])
-        raise UserError(f"{file.parent} holds embeddings of other settings ({changed}); give --text.cache another one")
+        keep = ", or --text.no-clean to train on captions as they were encoded" if there.clean < encoding.clean else ""
+        raise UserError(
+            f"{file.parent} holds embeddings of other settings ({changed}); give --text.cache another one{keep}"
+        )
     return shards
 
 
@@ -337,12 +348,12 @@ def _read_index(
         with safe_open(file, framework="pt") as opened:
             keys, offsets = opened.get_tensor("keys").numpy(), opened.get_tensor("offsets").numpy()
             checksums, shape = opened.get_tensor("checksums").numpy(), opened.get_slice("tokens").get_shape()
-            there = parse_json(opened.metadata()["encoding"])
+            there = Encoding(**parse_json(opened.metadata()["encoding"]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(file, str(error)) from None
     name = hashlib.blake2b(keys.tobytes(), digest_size=12).hexdigest()
     fits = keys.shape == (len(checksums), 16) and offsets.shape == (len(checksums) + 1,) and name in file.name
-    if not fits or there != asdict(encoding) or int(offsets[-1]) != shape[0] or (np.diff(offsets) < 0).any():
+    if not fits or there != encoding or int(offsets[-1]) != shape[0] or (np.diff(offsets) < 0).any():
         raise _damaged(file, "its index does not fit its tokens or its name")
     return keys, offsets, checksums, int(shape[1])
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prx_model.attention import check_backend
+from prx_model.captions import clean_caption
 from prx_model.packed_text import PackedText, pack
 from prx_model.ranges import check_ranges
 from prx_model.text import PAD, ByteTower, T5GemmaTower
@@ -33,6 +34,8 @@ class Modules:
 
     model: PRXTransformer
     tower: ByteTower | T5GemmaTower | CachedText
+    clean: bool = True
+    """Whether captions are cleaned before the tower gets them, `text.clean`."""
 
     def trained(self) -> dict[str, nn.Module]:
         """Modules with weights of their own; a frozen tower is none of them."""
@@ -46,8 +49,10 @@ class Modules:
     def text(self, captions: list[str]) -> PackedText | tuple[Tensor, Tensor]:
         """What the denoiser takes: frozen embeddings packed, those of a trained tower padded, with their mask.
 
-        Lengths are rounded up, so that blocks have one graph for all of them, captions that are all empty too.
+        Captions are cleaned here and nowhere else on their way (`prx_model.clean_caption`). Lengths are rounded up, so
+        that blocks have one graph for all of them, captions that are all empty too.
         """
+        captions = [clean_caption(caption) for caption in captions] if self.clean else captions
         if not isinstance(self.tower, ByteTower):
             return pack(*self.tower.encode(captions))
         device = next(self.tower.parameters()).device
@@ -84,7 +89,7 @@ def build(recipe: Recipe, device: torch.device, prepare: Callable[[nn.Module], N
             f"the text tower gives {tower.width} features but model.context_in_dim is {recipe.model.context_in_dim}; "
             f"set --model.context-in-dim {tower.width}"
         )
-    return Modules(model, tower)
+    return Modules(model, tower, recipe.text.clean)
 
 
 @contextmanager

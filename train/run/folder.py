@@ -75,6 +75,7 @@ def read_config(folder: Path) -> Recipe:
     except ValueError as error:
         raise DamagedConfigError(f"{path} is damaged: it is empty, cut or no JSON ({error})") from None
     try:
+        content["text"].setdefault("clean", False)  # a run that does not say was trained before there was cleaning
         recipe = _build(Recipe, content)
         check_ranges(recipe)
         return recipe

@@ -1,5 +1,6 @@
 """Each kind of picture file becomes the right RGB, at any size; what is no picture is refused."""
 
+import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -10,8 +11,10 @@ import pytest
 from PIL import Image, ImageCms
 
 from train.data.readers import _cover, decode
+from train.data.sizes import HEAD_BYTES, upright_size
 
-from .picture_files import encoded, noise, sentence
+from ..commands import run_program
+from .picture_files import encoded, noise, sentence, write_parquet
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -93,7 +96,7 @@ def test_large_jpeg_decoded_at_reduced_scale_equals_full_resampling() -> None:
     assert error.mean() <= 2
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "MPO"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(format: str, orientation: int) -> None:
     upright = smooth(48, 96)
@@ -111,6 +114,53 @@ def test_exif_orientation_is_undone(format: str, orientation: int) -> None:
     exif[0x0112] = orientation
     content = encoded(Image.fromarray(np.ascontiguousarray(store[orientation](upright))), format, exif=exif, quality=95)
     assert np.abs(decode(content, height=48, width=96, name="x").astype(int) - upright).max() <= 12
+    assert upright_size(lambda count: content[:count]) == (48, 96)
+
+
+def test_a_turned_picture_whose_size_stands_deep_in_its_file_is_measured_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(noise(200, 400))
+    for format, options in (
+        ("JPEG", {"quality": 100}),
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("AVIF", {"quality": 100}),
+    ):
+        content = encoded(picture, format, exif=exif, **options)
+        assert len(content) > HEAD_BYTES
+        assert upright_size(lambda count, content=content: content[:count]) == (400, 200)  # type: ignore[misc]
+
+
+def test_doctor_finds_turned_pictures_of_every_format_in_the_bucket_of_their_upright_shape(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    formats = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF")
+    picture = Image.fromarray(noise(64, 128))
+    pictures = [encoded(picture, format, exif=exif.tobytes()) for format in formats]  # AVIF's writer empties an Exif
+    write_parquet(tmp_path / "train.parquet", len(formats), image=pictures)
+    done = run_program("doctor", "prx-512", "--data.path", str(tmp_path), "--train.batch", "4", "--json")
+    (bucket,) = json.loads(done.stdout)["buckets"]
+    assert (bucket["height"], bucket["width"], bucket["pictures"]) == (704, 352, 5)
+
+
+def test_exif_behind_the_pixels_of_a_png_turns_neither_its_size_nor_its_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.fromarray(smooth(16, 32)), exif=exif)
+    start = content.index(b"eXIf") - 4
+    length = 12 + int.from_bytes(content[start : start + 4], "big")
+    chunk, end = content[start : start + length], content.index(b"IEND") - 4
+    moved = content[:start] + content[start + length : end] + chunk + content[end:]
+    asked: list[int] = []
+
+    def read(count: int) -> bytes:
+        asked.append(count)
+        return moved[:count]
+
+    assert upright_size(read) == (16, 32)
+    assert asked == [HEAD_BYTES]  # and no pixel was decoded for it
+    assert np.array_equal(decode(moved, height=16, width=32, name="x"), smooth(16, 32))
 
 
 def test_broken_exif_does_not_spoil_a_picture() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from train.data.formats.cells import escaped, plain_text
 from train.data.rows import (
     SPLIT_COLUMN,
+    Account,
     BadSample,
     RawRow,
     is_plain,
@@ -39,14 +41,15 @@ class FolderIndex:
         self._root, self._files = path, list(files)
         self._fields = (*({image_column} - set(_FILE_FIELDS)), *_FILE_FIELDS)
         # The text itself and offsets into it, not parsed objects: forked workers would copy those, page by page.
-        self._text = [file.read_bytes() for file in files]
+        self._text = [_utf8(file) for file in files]
         lines: list[tuple[int, int, int, int]] = []
+        seen = 0
         pictures: list[Path] = []
         described, columns, nested = [f"jsonl {split}"], dict[str, None](), dict[str, str]()
         for number, file in enumerate(files):
             default, before = split_in_path(file.relative_to(path)) or "train", len(lines)
             for line, start, end in _lines(self._text[number]):
-                entry = self._entry(number, line, start, end)
+                entry, seen = self._entry(number, line, start, end), seen + 1
                 if row_split(entry.get(SPLIT_COLUMN), default) != split:
                     continue
                 columns.update(dict.fromkeys(name for name, value in entry.items() if is_plain(value)))
@@ -69,6 +72,8 @@ class FolderIndex:
         self.columns, self.fingerprint = tuple(columns), sha256(described)
         self._lines = np.array(lines, dtype=np.int64)
         self.problems: tuple[str, ...] = ()
+        others = {f"of other splits than {split}": seen - len(lines)}
+        self.account = Account("lines", seen, len(lines), len(lines), others)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -83,8 +88,7 @@ class FolderIndex:
         if not image.is_file():
             raise BadSample(f"{self._files[number]}:{line}: {_missing(image)}")
         key = f"{self._files[number].relative_to(self._root).as_posix()} line {line} ({entry.get('key') or image.name})"
-        cells = {name: entry.get(name) for name in self.columns}
-        return RawRow(image, {name: value if is_plain(value) else None for name, value in cells.items()}, key)
+        return RawRow(image, *self._cells(entry, key))
 
     def key(self, index: int) -> str:
         """See ImageIndex."""
@@ -96,7 +100,7 @@ class FolderIndex:
         for number, line, start, end in self._lines.tolist():
             entry = self._entry(number, line, start, end)
             key = f"{self._files[number].relative_to(self._root).as_posix()} line {line}"
-            yield RawRow(b"", {n: entry.get(n) if is_plain(entry.get(n)) else None for n in self.columns}, key)
+            yield RawRow(b"", *self._cells(entry, key))
 
     def sizes(self, width: str, height: str) -> NDArray[np.int32]:
         """See ImageIndex."""
@@ -107,9 +111,16 @@ class FolderIndex:
             found = list(side_by_side(size_of_file, (self._named(*entry) for entry in entries)))
         return np.array(found, dtype=np.int32).reshape(-1, 2)
 
+    def _cells(self, entry: Mapping[str, Any], key: str) -> tuple[dict[str, Any], str, dict[str, str]]:
+        """A row's cells, its key, and what is wrong with cells that cannot be read."""
+        cells = {name: entry.get(name) for name in self.columns}
+        unread = {n: f"its {n} is no UTF-8; write the JSONL as UTF-8" for n, cell in cells.items() if escaped(cell)}
+        good = {n: cell if is_plain(cell) and n not in unread else None for n, cell in cells.items()}
+        return good, key, unread
+
     def _entry(self, number: int, line: int, start: int, end: int) -> dict[str, Any]:
         try:
-            entry = parse_json(self._text[number][start:end])
+            entry = parse_json(self._text[number][start:end].decode("utf-8", "surrogateescape"))
         except ValueError as error:
             where = f"{self._files[number]}:{line}"
             raise UserError(f"{where}: this line is no JSON ({short(error)}); mend or remove it") from error
@@ -128,6 +139,14 @@ class FolderIndex:
                 f"{', '.join(self._fields)}, and has {', '.join(entry) or 'none'}"
             )
         return self._files[number].parent / str(names[0])
+
+
+def _utf8(file: Path) -> bytes:
+    """A JSONL file as UTF-8, whatever Unicode it is; bytes that are none stay as they are."""
+    try:
+        return plain_text(file.read_bytes(), "surrogateescape").encode("utf-8", "surrogateescape")
+    except ValueError as error:
+        raise UserError(f"{file} {error}") from None
 
 
 def _missing(file: Path) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from train.data.formats.storage import MissingFile, Storage, is_url
 from train.data.rows import (
     SPLIT_COLUMN,
+    Account,
     BadSample,
     RawRow,
     listing,
@@ -26,6 +27,7 @@ from train.data.rows import (
     short,
     size_of_cells,
     split_in_path,
+    unnamed,
 )
 from train.data.sizes import side_by_side, size_of_file, upright_size
 from train.errors import UserError
@@ -74,7 +76,8 @@ class ParquetIndex:
             if not mask.any():
                 continue
             _check_columns(file, opened.schema_arrow, image_column, captions)
-            scalars = dict.fromkeys(field.name for field in opened.schema_arrow if _is_scalar(field.type))
+            fields, names = list(opened.schema_arrow), opened.schema_arrow.names
+            scalars = dict.fromkeys(f.name for f in fields if _is_scalar(f.type) and names.count(f.name) == 1)
             columns.update(scalars)
             used = {image_column, *scalars}
             chosen.append(np.flatnonzero(mask) + total)
@@ -92,12 +95,14 @@ class ParquetIndex:
             raise UserError(f"{path} has no rows: {listing((named or files).keys())} hold columns and nothing in them")
         if not chosen:
             raise no_split(path, split, (named or files).keys())
-        self.columns, self.problems = tuple(columns), tuple(problems)
+        self.columns, self.problems = tuple(columns), (*unnamed(named, files), *problems)
         self.fingerprint = sha256(described)
         self._groups = np.array(groups, dtype=np.int64)
         rows = np.concatenate(chosen)
         self._rows: NDArray[np.int64] | None = None if rows.size == total else rows
         self._length, self._total = int(rows.size), total
+        others = {f"of other splits than {split}": rows_seen - self._length}
+        self.account = Account("rows", rows_seen, self._length, self._length, others)
         self._keep = _KEEP_BYTES if size <= _WORTH_KEEPING * _KEEP_BYTES else 0
         self._reader: _GroupReader | None = None
 
@@ -117,6 +122,11 @@ class ParquetIndex:
             self._picture(cells[self._image], self._files[file], key),
             {name: cells.get(name) for name in self.columns},
             key,
+            {
+                name: f"its {name} is no UTF-8; write the row again"
+                for name, cell in cells.items()
+                if cell is None and table.column(name)[position - start].is_valid
+            },
         )
 
     def key(self, index: int) -> str:
@@ -276,11 +286,15 @@ def _check_columns(file: Path | str, schema: pa.Schema, image_column: str, capti
     for name, setting in ((image_column, "image_column"), *((name, "caption_columns") for name in caption_columns)):
         if name not in schema.names:
             raise no_column(address(file), name, setting, schema.names)
+        if schema.names.count(name) > 1:
+            several = f"{schema.names.count(name)} columns called {name!r} ({setting})"
+            raise UserError(f"{address(file)} has {several}, which cannot be told apart; give them names of their own")
         kind = schema.field(name).type
         if setting == "image_column" and not _is_picture(kind):
             raise UserError(f"{address(file)}: column {name!r} (image_column) holds {kind}, not encoded picture bytes")
-        if setting == "caption_columns" and not _is_text(kind):
-            raise UserError(f"{address(file)}: column {name!r} (caption_columns) holds {kind}, not text")
+        if setting == "caption_columns" and not _is_caption(kind):
+            lists = "; each row has a list of captions, so write a column for each" if pa.types.is_nested(kind) else ""
+            raise UserError(f"{address(file)}: column {name!r} (caption_columns) holds {kind}, not text{lists}")
 
 
 def _row_groups(file: Path | str, opened: pq.ParquetFile) -> list[tuple[int, list[tuple[str, int]]]]:
@@ -301,14 +315,14 @@ def _row_groups(file: Path | str, opened: pq.ParquetFile) -> list[tuple[int, lis
 def _rows_of_split(file: Path | str, opened: pq.ParquetFile, split: str, default: str) -> NDArray[np.bool_]:
     """(rows,), bool: which rows of a file belong to a split."""
     names = opened.schema_arrow.names
-    if SPLIT_COLUMN not in names or not _is_text(opened.schema_arrow.field(SPLIT_COLUMN).type):
+    if names.count(SPLIT_COLUMN) != 1 or not _is_text(opened.schema_arrow.field(SPLIT_COLUMN).type):
         return np.full(opened.metadata.num_rows, default == split)
     try:
         column = opened.read(columns=[SPLIT_COLUMN], use_threads=False).column(0)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise BadSample(f"{address(file)}: column 'split' cannot be read ({short(error)}); copy it again") from error
     encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
-    values = [*encoded.dictionary.to_pylist(), None]
+    values = [*_as_list(encoded.dictionary), None]
     wanted: NDArray[np.bool_] = np.array([row_split(value, default) == split for value in values])
     codes: NDArray[np.int32] = encoded.indices.fill_null(len(values) - 1).to_numpy(zero_copy_only=False)
     return wanted[codes]
@@ -319,10 +333,16 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
+def _is_caption(kind: pa.DataType) -> bool:
+    return _is_text(kind) or bool(pa.types.is_null(kind))  # a file of which no row has one
+
+
 def _is_picture(kind: pa.DataType) -> bool:
     kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _is_scalar(kind: pa.DataType) -> bool:
-    return bool(_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+    return bool(
+        _is_caption(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    )

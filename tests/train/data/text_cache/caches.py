@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from prx_model.captions import clean_caption
 from prx_model.text import T5GemmaTower
 from train.commandline import parse
 from train.data.loader import open_dataset
@@ -57,4 +58,4 @@ def shards(cache: Path | str) -> list[Path]:
 def all_captions(recipe: Recipe) -> Iterator[str]:
     dataset = open_dataset(recipe.data, 0, 4)
     assert isinstance(dataset, ImageDataset)
-    yield from ("", "a circle", "a square", *dataset.captions())
+    yield from ("", "a circle", "a square", *map(clean_caption, dataset.captions()))
