@@ -35,7 +35,10 @@ _KEEP_BYTES = 1 << 30
 """Row groups that a process has read stay in memory up to this size; those not used for longest go first."""
 _WORTH_KEEPING = 8
 """Of sets more times larger than that only the last row group stays: it would be memory for one hit in eight."""
-_FILES_OPEN = 16
+_FILES_OPEN = 256
+"""Footers of a prepared shard are about 50 kB; reading one anew costs as much as a picture of its row group."""
+PREPARED = b"prx_prepared"
+"""In the metadata of the files that prepare.py writes."""
 
 
 class ParquetIndex:
@@ -73,8 +76,8 @@ class ParquetIndex:
             rows_seen += opened.metadata.num_rows
             if not mask.any():
                 continue
-            _check_columns(file, opened.schema_arrow, image_column, captions)
-            scalars = dict.fromkeys(field.name for field in opened.schema_arrow if _is_scalar(field.type))
+            _check_columns(file, opened, image_column, captions)
+            scalars = dict.fromkeys(field.name for field in opened.schema_arrow if _is_cell(field.type, opened))
             columns.update(scalars)
             used = {image_column, *scalars}
             chosen.append(np.flatnonzero(mask) + total)
@@ -272,14 +275,15 @@ def _open_parquet(file: Path | str, storage: Storage) -> pq.ParquetFile:
         raise BadSample(f"{address(file)} {what} ({short(error)}); copy it again or remove it") from error
 
 
-def _check_columns(file: Path | str, schema: pa.Schema, image_column: str, caption_columns: Sequence[str]) -> None:
+def _check_columns(file: Path | str, opened: pq.ParquetFile, image_column: str, caption_columns: Sequence[str]) -> None:
+    schema = opened.schema_arrow
     for name, setting in ((image_column, "image_column"), *((name, "caption_columns") for name in caption_columns)):
         if name not in schema.names:
             raise no_column(address(file), name, setting, schema.names)
         kind = schema.field(name).type
         if setting == "image_column" and not _is_picture(kind):
             raise UserError(f"{address(file)}: column {name!r} (image_column) holds {kind}, not encoded picture bytes")
-        if setting == "caption_columns" and not _is_text(kind):
+        if setting == "caption_columns" and not (_is_text(kind) or _is_texts(kind, opened)):
             raise UserError(f"{address(file)}: column {name!r} (caption_columns) holds {kind}, not text")
 
 
@@ -324,5 +328,13 @@ def _is_picture(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _is_scalar(kind: pa.DataType) -> bool:
-    return bool(_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+def _is_texts(kind: pa.DataType, opened: pq.ParquetFile) -> bool:
+    """Whether a column holds all captions of a picture, as prepare.py writes them."""
+    listed = pa.types.is_list(kind) and _is_text(kind.value_type)
+    return bool(listed) and PREPARED in (opened.schema_arrow.metadata or {})
+
+
+def _is_cell(kind: pa.DataType, opened: pq.ParquetFile) -> bool:
+    """Whether a column's cells are among a row's `columns`."""
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return bool(_is_text(kind) or _is_texts(kind, opened) or number)
