@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.train.commands import ROOT, run_program
+from tests.train.data.formats.mds_files import write_mds
 from tests.train.data.picture_files import encoded, noise, sentence, write_folder, write_tar
 from train.data.claims import is_held, take
 from train.data.index import open_images
@@ -158,12 +159,14 @@ def test_every_readable_form_becomes_the_same_rows(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", [{"file_name": f"{n}.jpg", "caption": f"picture {n}"} for n in range(4)])
     for number, content in enumerate(pictures):
         (folder / f"{number}.jpg").write_bytes(content)
+    cells = [{"image": content, "caption": f"picture {n}".encode()} for n, content in enumerate(pictures)]
+    write_mds(tmp_path / "mds", {"caption": "str", "image": "jpeg"}, [cells[:3], cells[3:]], packed=True)
     found = []
-    for kind in ("parquet", "tar", "folder"):
+    for kind in ("parquet", "tar", "folder", "mds"):
         made(tmp_path / "out" / kind, tmp_path / kind)
         found.append([(row["image"], row["caption"]) for row in rows_of(tmp_path / "out" / kind / "64")])
     assert len(found[0]) == 4
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1] == found[2] == found[3]
 
 
 def test_splits_stay_apart_and_columns_are_kept(tmp_path: Path) -> None:
