@@ -8,14 +8,17 @@ what is done under a claim must be written whole and be the same whoever does it
 import json
 import os
 import socket
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from train.side_files import parse_json
 
 PATIENCE = 600.0
 """Seconds without a sign of life after which the holder of a claim on another machine counts as dead."""
+_BEAT = 10.0
 
 
 class Claim:
@@ -28,6 +31,24 @@ class Claim:
         """Say that the work goes on; call it more often than every `PATIENCE` seconds."""
         with suppress(OSError):
             os.utime(self.file)
+
+    @contextmanager
+    def beating(self) -> Iterator["Claim"]:
+        """Within this context a thread gives the signs of life; behind it the claim is given back."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(_BEAT):
+                self.beat()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            stop.set()
+            thread.join()
+            self.release()
 
     def release(self) -> None:
         self.file.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from PIL import Image
 
@@ -58,3 +58,13 @@ def side_by_side(function: Callable[[T], tuple[int, int]], items: Iterator[T]) -
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, of which the next is made by a thread while one is worked with."""
+    with ThreadPoolExecutor(1) as pool:
+        end = object()
+        waiting: Future[object] = pool.submit(next, items, end)
+        while (item := waiting.result()) is not end:
+            waiting = pool.submit(next, items, end)
+            yield cast(T, item)

@@ -4,6 +4,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from train.data.rows import (
     size_of_cells,
     split_in_path,
 )
-from train.data.sizes import side_by_side, size_of_file, upright_size
+from train.data.sizes import one_ahead, side_by_side, size_of_file, upright_size
 from train.errors import UserError
 from train.shown import address
 
@@ -36,7 +37,8 @@ _KEEP_BYTES = 1 << 30
 _WORTH_KEEPING = 8
 """Of sets more times larger than that only the last row group stays: it would be memory for one hit in eight."""
 _FILES_OPEN = 256
-"""Footers of a prepared shard are about 50 kB; reading one anew costs as much as a picture of its row group."""
+_FOOTER_BYTES = 16 << 20
+"""Of files that stay open, whose lists of columns take several times that in memory; a prepared shard has 60 kB."""
 PREPARED = b"prx_prepared"
 """In the metadata of the files that prepare.py writes."""
 
@@ -139,19 +141,40 @@ class ParquetIndex:
 
     def sizes(self, width: str, height: str) -> NDArray[np.int32]:
         """See ImageIndex. Without both columns every picture's bytes are read once."""
-        found, at = np.zeros((self._length, 2), np.int32), 0
         told = width in self.columns and height in self.columns
-        for file, _, start, positions, table in self._walk((width, height) if told else (self._image,)):
-            rows = [position - start for position in positions]
-            if table is not None and told:
-                cells = {name: _as_list(table.column(name)) for name in table.column_names}
-                sizes = [size_of_cells({name: cells[name][n] for name in cells}, width, height) for n in rows]
-            elif table is not None:
+        found = self._told_sizes(width, height) if told else self._picture_sizes()
+        return found if self._rows is None else found[self._rows]
+
+    def _told_sizes(self, width: str, height: str) -> NDArray[np.int32]:
+        """(rows of all files, 2) what the columns say; file by file, for groups may be small and many."""
+        found = np.zeros((self._total, 2), np.int32)
+        ends = [*self._groups[1:, 2].tolist(), self._total]
+        for file in range(len(self._files)):
+            first = int(self._groups[np.searchsorted(self._groups[:, 0], file), 3])
+            try:
+                table = _read_columns(self._files[file], self._storage, (width, height))
+                found[first : first + len(table)] = _sizes_of_columns(table, width, height)
+            except BadSample:  # then what can be read of it, group by group
+                reader = _GroupReader((width, height), 0, self._storage)
+                for number in np.flatnonzero(self._groups[:, 0] == file).tolist():
+                    with suppress(BadSample):
+                        table = reader.table(self._files[file], int(self._groups[number, 1]))
+                        sizes = _sizes_of_columns(table, width, height)
+                        found[int(self._groups[number, 2]) : ends[number]] = sizes
+        return found
+
+    def _picture_sizes(self) -> NDArray[np.int32]:
+        """(rows of all files, 2) what the pictures' heads say; 0 for rows that do not belong to the split."""
+        found = np.zeros((self._total, 2), np.int32)
+        # The next row group is read while the heads of one are looked at.
+        for file, _, start, positions, table in one_ahead(self._walk((self._image,))):
+            if table is not None and positions:
                 folder, column = Path(self._files[file]).parent, table.column(self._image)
-                sizes = list(side_by_side(partial(_cell_size, folder), (_as_python(column[n]) for n in rows)))
-            if table is not None and rows:
-                found[at : at + len(rows)] = sizes
-            at += len(rows)
+                values = [_value(_as_python(column[position - start])) for position in positions]
+                look = partial(_cell_size, folder)
+                # Threads hide a disk's time for files, and only cost where the bytes are here.
+                here = all(isinstance(value, bytes) for value in values)
+                found[positions] = list(map(look, values) if here else side_by_side(look, iter(values)))
         return found
 
     def group_bytes(self) -> int:
@@ -221,11 +244,33 @@ def _value(cell: object) -> object:
     return (cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell
 
 
-def _cell_size(folder: Path, cell: object) -> tuple[int, int]:
-    value = _value(cell)
+def _cell_size(folder: Path, value: object) -> tuple[int, int]:
     if isinstance(value, bytes):
         return upright_size(lambda count: value[:count])
     return size_of_file(folder / value) if isinstance(value, str) else (0, 0)
+
+
+def _read_columns(file: Path | str, storage: Storage, columns: Sequence[str]) -> pa.Table:
+    """Small columns of a whole file. Raises BadSample."""
+    opened = _open_parquet(file, storage)
+    try:
+        names = [name for name in opened.schema_arrow.names if name in columns]
+        return opened.read(columns=names, use_threads=False)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise BadSample(f"{address(file)} cannot be read ({short(error)}); copy it again") from error
+
+
+def _sizes_of_columns(table: pa.Table, width: str, height: str) -> NDArray[np.int32]:
+    """(rows, 2) height and width that two columns say; 0 and 0 where they are no positive numbers."""
+    if not {width, height} <= set(table.column_names):
+        return np.zeros((len(table), 2), np.int32)
+    columns = [table.column(name) for name in (height, width)]
+    if all(pa.types.is_integer(column.type) for column in columns):
+        sides = np.stack([column.cast(pa.int64(), safe=False).fill_null(0).to_numpy() for column in columns], axis=1)
+        known = (sides.min(axis=1) > 0) & (sides.max(axis=1) < 2**31)
+        return np.where(known[:, None], sides, 0).astype(np.int32)
+    cells = [dict(zip((height, width), pair, strict=True)) for pair in zip(*map(_as_list, columns), strict=True)]
+    return np.array([size_of_cells(cell, width, height) for cell in cells], np.int32).reshape(-1, 2)
 
 
 class _GroupReader:
@@ -237,6 +282,7 @@ class _GroupReader:
         self._tables: OrderedDict[tuple[Path | str, int], pa.Table] = OrderedDict()
         self._held = 0
         self._open: OrderedDict[Path | str, pq.ParquetFile] = OrderedDict()
+        self._footers = 0
 
     def table(self, file: Path | str, group: int) -> pa.Table:
         with self._lock:
@@ -251,8 +297,11 @@ class _GroupReader:
     def _read(self, file: Path | str, group: int) -> pa.Table:
         if file not in self._open:
             self._open[file] = _open_parquet(file, self._storage)
-            if len(self._open) > _FILES_OPEN:
-                self._open.popitem(last=False)[1].close()
+            self._footers += self._open[file].metadata.serialized_size
+            while len(self._open) > 1 and (len(self._open) > _FILES_OPEN or self._footers > _FOOTER_BYTES):
+                oldest = self._open.popitem(last=False)[1]
+                self._footers -= oldest.metadata.serialized_size
+                oldest.close()
         opened = self._open[file]
         try:
             names = [name for name in opened.schema_arrow.names if name in self._columns]
