@@ -37,7 +37,7 @@ FLOORS = {
         ("evaluation", "ranks.faults"),
         ("run",),
         ("loop",),
-        ("ablate", "doctor", "export", "generate", "precompute_text", "speedrun"),
+        ("ablate", "doctor", "export", "generate", "precompute_text", "prepare", "speedrun"),
     ),
     "benchmarks": (
         ("clock", "learning", "peers", "plain_prx", "roofline"),

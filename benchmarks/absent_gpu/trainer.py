@@ -149,7 +149,7 @@ def _stand_ins(recorder: Recorder, setting: Setting) -> Iterator[Compiled]:
         # Which captions are dropped is decided on the host, from numbers that fake tensors do not have.
         enter(patch.object(Learner, "_captions", lambda self, batch, number: batch.captions))
         if setting.ranks == 1:  # torch cannot swap plain fake tensors for those of another device
-            enter(patch.object(nn.Module, "to_empty", _to_empty))
+            enter(patch.object(build, "make_empty", lambda module, device: _fake(module, None)))
         resize = torch.UntypedStorage.resize_
 
         def resized(storage: Any, size: int) -> Any:
@@ -221,11 +221,6 @@ def _teachers(setting: Setting) -> Any:
         return made
 
     return make
-
-
-def _to_empty(module: nn.Module, *, device: torch.device) -> nn.Module:
-    _fake(module, None)
-    return module
 
 
 def _fake(module: nn.Module, dtype: torch.dtype | None) -> None:

@@ -214,7 +214,8 @@ def test_other_data_on_resume_are_refused(tmp_path: Path, picture_folder: Path) 
     done = start(tmp_path / "runs", *small, "--data.path", str(other), preset="pictograms")
     assert done.returncode == 2
     assert "are not those that" in done.stderr
-    forced = start(tmp_path / "runs", *small, "--data.path", str(other), "--force", preset="pictograms")
+    more = ("--data.path", str(other), "--force", "--train.steps", "3")
+    forced = start(tmp_path / "runs", *small, *more, preset="pictograms")
     assert forced.returncode == 0, forced.stderr
     assert "are not those that" in forced.stdout
     assert "going on with" in forced.stdout

@@ -19,6 +19,9 @@ from train.randomness import derive_seed, generator
 LARGEST_RATIO = 2.0
 """Of a bucket's long to its short side; the public converter of PRX has the same, and 27 buckets of about 1024 px."""
 
+_AT_ONCE = 1 << 20
+"""Pictures whose shapes are worked with at a time: tens of millions would need gigabytes of float64."""
+
 Size = tuple[int, int]
 """Height and width in pixels."""
 
@@ -55,10 +58,14 @@ def assign(
     scale = np.asarray if linear else np.log
     ratios = scale([width / height for height, width in sizes])
     borders = (ratios[1:] + ratios[:-1]) / 2
-    known = (pictures > 0).all(axis=1)
-    high, wide = (np.where(known, pictures[:, axis], 1).astype(np.float64) for axis in (0, 1))
-    nearest = np.searchsorted(borders, scale(wide / high)).astype(np.int16)
-    return np.where(known, nearest, np.int16(list(sizes).index(unknown))).astype(np.int16)
+    found = np.full(len(pictures), list(sizes).index(unknown), np.int16)
+    for first in range(0, len(pictures), _AT_ONCE):
+        part = pictures[first : first + _AT_ONCE]
+        known = (part > 0).all(axis=1)
+        high, wide = (np.where(known, part[:, axis], 1).astype(np.float64) for axis in (0, 1))
+        nearest = np.searchsorted(borders, scale(wide / high))
+        np.copyto(found[first : first + _AT_ONCE], nearest, where=known, casting="same_kind")
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What pictures and captions lie at a path: parquet files, tar files of WebDataset, or a folder with a JSONL file.
+"""What pictures and captions lie at a path: parquet, tar files of WebDataset, MDS, or a folder with a JSONL file.
 
 Opening reads names, sizes and the small columns' headers only; picture bytes are read when a row is asked for.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from train.data.formats.folder import FolderIndex
+from train.data.formats.mds import INDEX, MdsIndex
 from train.data.formats.parquet import ParquetIndex
 from train.data.formats.storage import Storage, expand, is_url
 from train.data.formats.webdataset import TarIndex
@@ -36,7 +37,8 @@ def open_images(
     - a tar file of WebDataset, or a folder of them: the files of a sample share their name up to the first dot (of
       tar_members.py the rule for names with more); the picture is known by its ending, captions are `.txt` files or
       fields of `.json`;
-    - either of them by a pattern, `shard-{000000..000127}.tar`, on a disk or at an http(s) address;
+    - a folder with the `index.json` of MDS (there, or in folders below it), or that file itself;
+    - parquet and tar files by a pattern, `shard-{000000..000127}.tar`, on a disk or at an http(s) address;
     - a folder with `captions.jsonl` or `metadata.jsonl` (there, or in sub-folders named as splits), one object a line:
       `file_name` (or `file`, `image`, `path`, or what `image_column` says), relative to the JSONL, and the captions.
 
@@ -62,6 +64,11 @@ def open_images(
             return TarIndex(shown, files, storage, image_column, caption_columns, split, cache)
         return ParquetIndex(shown, files, storage, image_column, caption_columns, split)
 
+    def mosaic(files: Mapping[str, Path | str]) -> ImageIndex:
+        return MdsIndex(shown, files, storage, image_column, caption_columns, split)
+
+    if is_url(path) and str(path).partition("?")[0].endswith(f"/{INDEX}"):
+        return mosaic({INDEX: str(path)})
     if is_url(path) or ("{" in str(path) and not Path(path).exists()):
         return shards(_by_pattern(str(path)))
     path = Path(path)
@@ -71,12 +78,16 @@ def open_images(
             f"there is nothing at {path}; give a folder of parquet or tar files or an image folder with "
             f"{_JSONL_NAMES[0]}{nearest(path.name, siblings)}"
         )
+    if path.is_file() and path.name == INDEX:
+        return mosaic({INDEX: path})
     if path.is_file():
         if path.suffix.lower() not in _SHARDS:
             raise UserError(
                 f"{path} is not a parquet file nor a tar file; give one of them, or the folder that holds the data"
             )
         return shards({path.name: path})
+    if mds := _mds_files(path):
+        return mosaic(mds)
     return _in_folder(path, shards, image_column, caption_columns, split)
 
 
@@ -163,6 +174,24 @@ def _shard_files(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
 
 def _is_packed(name: str) -> bool:
     return re.search(r"\.(tar|parquet)\.(gz|bz2|xz|zst|lz4)$|\.(tgz|zip)$", name.lower()) is not None
+
+
+def _mds_files(folder: Path) -> dict[str, Path]:
+    """The lists of MDS shards of a folder: its own, else all below it, without hidden ones."""
+    own = folder / INDEX
+    found = [own] if own.is_file() else sorted(folder.rglob(INDEX))
+    listed = [file.relative_to(folder) for file in found if file.is_file()]
+    shown = [name for name in listed if not any(part.startswith(".") for part in name.parts)]
+    # Other programs call their files so, too.
+    return {name.as_posix(): folder / name for name in shown if b'"shards"' in _head(folder / name)}
+
+
+def _head(file: Path) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(1 << 16)
+    except OSError:
+        return b""
 
 
 def _jsonl_files(folder: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 A batch knows its global sample positions: they are the ids from which noise, times and dropped captions are drawn.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -12,7 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -23,8 +21,9 @@ from train.data.drawn.shapes import ShapesDataset
 from train.data.example import Dataset, Example, Substituted
 from train.data.formats.storage import Storage
 from train.data.index import open_images
+from train.data.kept_sizes import picture_sizes
 from train.data.readers import ImageDataset, parse_prefixes
-from train.data.rows import ImageIndex, NoSplitError, sha256
+from train.data.rows import NoSplitError
 from train.data.sampler import PositionSampler
 from train.data.settings import Data
 from train.data.worker_signals import born_shielded, end_by_parent_only
@@ -268,20 +267,5 @@ def _images(data: Data, seed: int, patch: int, split: str) -> ImageDataset:
         buckets=bucket_sizes(data.height, data.width, patch) if data.buckets else (),
         fast_jpeg=data.fast_jpeg,
         fit=data.fit,
-        pictures=_picture_sizes(index, data.size_columns, cache) if data.buckets else None,
+        pictures=picture_sizes(index, data.size_columns, cache) if data.buckets else None,
     )
-
-
-def _picture_sizes(index: ImageIndex, columns: tuple[str, str], cache: Path | None) -> NDArray[np.int32]:
-    """(rows, 2) height and width of an index's pictures, kept in the cache where there is one."""
-    if cache is None:
-        return index.sizes(*columns)
-    kept = cache / f"upright-{sha256([index.fingerprint, *columns])[:32]}.npy"
-    if not kept.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            np.save(file, index.sizes(*columns))
-        os.replace(temporary, kept)
-    sizes: NDArray[np.int32] = np.load(kept, allow_pickle=False)
-    return sizes

@@ -7,6 +7,7 @@ import hashlib
 import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,11 @@ from train.data.sampler import index_at
 from train.data.sizes import orientation
 from train.errors import UserError
 from train.randomness import generator
+
+try:
+    from simplejpeg import decode_jpeg as _decode_jpeg
+except ImportError:  # no wheel for this machine: Pillow gives the same pixels
+    _decode_jpeg = None
 
 MAX_PIXELS = 89_478_485
 """Larger pictures are refused before they are decoded: Pillow's own default, a quarter of a GiB as RGB."""
@@ -188,7 +194,8 @@ class ImageDataset:
     def _captions(self, row: RawRow) -> list[str]:
         """The row's captions of which cleaning leaves something, as they are stored, with its style before each."""
         cells = [row.columns.get(name) for name in self.caption_columns]
-        captions = [cell.strip() for cell in cells if isinstance(cell, str) and clean_caption(cell)]
+        listed = [text for cell in cells for text in (cell if isinstance(cell, list) else [cell])]
+        captions = [text.strip() for text in listed if isinstance(text, str) and clean_caption(text)]
         if not captions:
             found = (row.unread.get(name) for name in (*self.caption_columns, JSON))
             unread = "; ".join(dict.fromkeys(why for why in found if why))
@@ -234,21 +241,76 @@ def decode(
     Raises BadSample, beginning with `name`, for a file that is no picture, is truncated, has over MAX_PIXELS pixels, or
     holds 32-bit floats.
     """
+
+    def exact(image: Image.Image) -> NDArray[np.uint8] | None:
+        return _exact_jpeg(image, source, height, width)
+
+    with _sentences(name, source):
+        found = _load(source, max(height, width), fast_jpeg, exact)
+        return found if isinstance(found, np.ndarray) else np.array(fitted(found, height, width, fit))
+
+
+def upright_picture(source: bytes | Path, *, side: int, name: str) -> Image.Image:
+    """Decode a picture file as `decode` does, upright and RGB, but for a JPEG of over four times `side` at full size.
+
+    Raises BadSample as `decode` does.
+    """
+    with _sentences(name, source):
+        found = _load(source, side, False, lambda _: None)
+        assert isinstance(found, Image.Image)
+        return found
+
+
+def fitted(image: Image.Image, height: int, width: int, fit: Literal["crop", "stretch"]) -> Image.Image:
+    """An upright RGB picture at height × width, see `decode`."""
+    return (_cover if fit == "crop" else _stretch)(image, height, width)
+
+
+def _load(
+    source: bytes | Path,
+    side: int,
+    fast_jpeg: bool,
+    exact: Callable[[Image.Image], NDArray[np.uint8] | None],
+) -> Image.Image | NDArray[np.uint8]:
+    """The upright RGB picture, or what `exact` makes of the opened file."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
+        if image.format == "EPS":
+            raise ValueError("EPS, which is a program to run rather than a picture")
+        if (found := exact(image)) is not None:
+            return found
+        # An EXIF rotation may swap the axes, so the long side of the target is asked for on both.
+        covering = side / min(image.size)
+        covering *= 1 if fast_jpeg else 2
+        # JPEG only, elsewhere it does nothing: decode at 1/2, 1/4 or 1/8, still this much larger than needed.
+        image.draft(None, (math.ceil(covering * image.width), math.ceil(covering * image.height)))
+        turn = turn_of(image)
+        image.load()
+        return _rgb(image if turn is None else image.transpose(turn))
+
+
+def _exact_jpeg(image: Image.Image, source: bytes | Path, height: int, width: int) -> NDArray[np.uint8] | None:
+    """A JPEG of just this size by simplejpeg, or None: its pixels are Pillow's, bit for bit, in two thirds of the time.
+
+    Prepared shards hold such pictures alone (train/README.md has the table).
+    """
+    if _decode_jpeg is None or image.format != "JPEG" or image.mode != "RGB" or image.size != (width, height):
+        return None
+    if not isinstance(source, bytes) or turn_of(image) is not None:
+        return None
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} × {image.height} pixels")
-            if image.format == "EPS":
-                raise ValueError("EPS, which is a program to run rather than a picture")
-            # An EXIF rotation may swap the axes, so the long side of the target is asked for on both.
-            covering = max(height, width) / min(image.size)
-            covering *= 1 if fast_jpeg else 2
-            # JPEG only, elsewhere it does nothing: decode at 1/2, 1/4 or 1/8, still this much larger than needed.
-            image.draft(None, (math.ceil(covering * image.width), math.ceil(covering * image.height)))
-            turn = _UPRIGHT.get(orientation(image))
-            image.load()
-            upright = image if turn is None else image.transpose(turn)
-            return np.array((_cover if fit == "crop" else _stretch)(_rgb(upright), height, width))
+        found: NDArray[np.uint8] = _decode_jpeg(source)
+        return found
+    except ValueError:  # Damage, of which Pillow reads more.
+        return None
+
+
+@contextmanager
+def _sentences(name: str, source: bytes | Path) -> Iterator[None]:
+    """Within this context what a decoder stumbles on is a BadSample that begins with `name`."""
+    try:
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(
             f"{name}: the picture is too large ({error}; the limit is {MAX_PIXELS:,} pixels); "
@@ -295,6 +357,11 @@ def parse_prefixes(entries: Iterable[str]) -> dict[str, str]:
             raise UserError(f"two style prefixes for {value!r}: {prefixes[value]!r} and {prefix!r}; keep one")
         prefixes[value] = prefix
     return prefixes
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes an opened picture upright, if anything; asked before its pixels are decoded."""
+    return _UPRIGHT.get(orientation(image))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

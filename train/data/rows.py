@@ -40,7 +40,7 @@ class RawRow:
     image: bytes | Path
     """The picture's encoded bytes, or the file that holds them."""
     columns: dict[str, Any]
-    """All text, number and boolean columns of the row; None where a cell is empty."""
+    """All text, number and boolean columns of the row, and lists of texts of parquet; None where a cell is empty."""
     key: str
     """File and row (counted from 0) or line (from 1) inside the index's path, with the row's own name if it has one."""
     unread: Mapping[str, str] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from PIL import Image
 
@@ -76,7 +76,7 @@ def size_of_file(file: Path) -> tuple[int, int]:
 
     try:
         return upright_size(read)
-    except OSError:
+    except (OSError, ValueError):  # a name with a zero byte in it is a ValueError
         return 0, 0
 
 
@@ -90,3 +90,13 @@ def side_by_side(function: Callable[[T], tuple[int, int]], items: Iterator[T]) -
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, of which the next is made by a thread while one is worked with."""
+    with ThreadPoolExecutor(1) as pool:
+        end = object()
+        waiting: Future[object] = pool.submit(next, items, end)
+        while (item := waiting.result()) is not end:
+            waiting = pool.submit(next, items, end)
+            yield cast(T, item)

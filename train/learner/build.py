@@ -111,11 +111,15 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **given)
 
 
-def _empty(x: Tensor, device: torch.device) -> Tensor:
-    """Memory for a tensor without any; `empty_like` of one on the meta device would import sympy."""
-    if type(x) in (Tensor, nn.Parameter):
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-    return torch.empty_like(x, device=device)  # sharded
+def make_empty(module: nn.Module, device: torch.device) -> None:
+    """Give a module on paper memory without values; `Module.to_empty` would import sympy."""
+
+    def empty(x: Tensor) -> Tensor:
+        if type(x) in (Tensor, nn.Parameter):
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+        return torch.empty_like(x, device=device)  # sharded
+
+    module._apply(empty)
 
 
 def _make_real(
@@ -129,7 +133,7 @@ def _make_real(
     """From the meta device to a device, sharded in between, with its initial weights."""
     if prepare is not None:
         prepare(module)
-    module._apply(lambda x: _empty(x, device))
+    make_empty(module, device)
     fill(module, weights(torch.Generator().manual_seed(derive_seed(seed, purpose=purpose))))
 
 

@@ -15,7 +15,7 @@ def facts() -> dict[str, Any]:
     first = {"launches": 10, "GB": 20.0, "TFLOP": 5.0, "floor_ms": 1.0, "expected_ms": 2.0}
     second = {"launches": 5, "GB": 1.0, "TFLOP": 0.0, "floor_ms": 1.0, "expected_ms": 2.0}
     return {
-        "setting": {"preset": "prx-512", "batch": 32, "ranks": 1, "nodes": 1, "small": True},
+        "setting": {"preset": "prx-512", "batch": 32, "ranks": 1, "nodes": 1, "small": True, "settings": []},
         "versions": {"torch": "2.15.0", "triton": "3.9.0"},
         "total": {"launches": 15, "GB": 21.0, "TFLOP": 5.0, "floor_ms": 2.0, "expected_ms": 4.0},
         "parts": [kernel | first, other | second],

@@ -4,6 +4,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from train.data.rows import (
     split_in_path,
     unnamed,
 )
-from train.data.sizes import side_by_side, size_of_file, upright_size
+from train.data.sizes import one_ahead, side_by_side, size_of_file, upright_size
 from train.errors import UserError
 from train.shown import address
 
@@ -37,7 +38,11 @@ _KEEP_BYTES = 1 << 30
 """Row groups that a process has read stay in memory up to this size; those not used for longest go first."""
 _WORTH_KEEPING = 8
 """Of sets more times larger than that only the last row group stays: it would be memory for one hit in eight."""
-_FILES_OPEN = 16
+_FILES_OPEN = 256
+_FOOTER_BYTES = 16 << 20
+"""Of files that stay open, whose lists of columns take several times that in memory; a prepared shard has 60 kB."""
+PREPARED = b"prx_prepared"
+"""In the metadata of the files that prepare.py writes."""
 
 
 class ParquetIndex:
@@ -75,11 +80,11 @@ class ParquetIndex:
             rows_seen += opened.metadata.num_rows
             if not mask.any():
                 continue
-            _check_columns(file, opened.schema_arrow, image_column, captions)
+            _check_columns(file, opened, image_column, captions)
             fields, names = list(opened.schema_arrow), opened.schema_arrow.names
-            scalars = dict.fromkeys(f.name for f in fields if _is_scalar(f.type) and names.count(f.name) == 1)
-            columns.update(scalars)
-            used = {image_column, *scalars}
+            cells = dict.fromkeys(f.name for f in fields if _is_cell(f.type, opened) and names.count(f.name) == 1)
+            columns.update(cells)
+            used = {image_column, *cells}
             chosen.append(np.flatnonzero(mask) + total)
             first = total
             for number, (group_rows, sizes) in enumerate(counted):
@@ -146,19 +151,40 @@ class ParquetIndex:
 
     def sizes(self, width: str, height: str) -> NDArray[np.int32]:
         """See ImageIndex. Without both columns every picture's bytes are read once."""
-        found, at = np.zeros((self._length, 2), np.int32), 0
         told = width in self.columns and height in self.columns
-        for file, _, start, positions, table in self._walk((width, height) if told else (self._image,)):
-            rows = [position - start for position in positions]
-            if table is not None and told:
-                cells = {name: _as_list(table.column(name)) for name in table.column_names}
-                sizes = [size_of_cells({name: cells[name][n] for name in cells}, width, height) for n in rows]
-            elif table is not None:
+        found = self._told_sizes(width, height) if told else self._picture_sizes()
+        return found if self._rows is None else found[self._rows]
+
+    def _told_sizes(self, width: str, height: str) -> NDArray[np.int32]:
+        """(rows of all files, 2) what the columns say; file by file, for groups may be small and many."""
+        found = np.zeros((self._total, 2), np.int32)
+        ends = [*self._groups[1:, 2].tolist(), self._total]
+        for file in range(len(self._files)):
+            first = int(self._groups[np.searchsorted(self._groups[:, 0], file), 3])
+            try:
+                table = _read_columns(self._files[file], self._storage, (width, height))
+                found[first : first + len(table)] = _sizes_of_columns(table, width, height)
+            except BadSample:  # then what can be read of it, group by group
+                reader = _GroupReader((width, height), 0, self._storage)
+                for number in np.flatnonzero(self._groups[:, 0] == file).tolist():
+                    with suppress(BadSample):
+                        table = reader.table(self._files[file], int(self._groups[number, 1]))
+                        sizes = _sizes_of_columns(table, width, height)
+                        found[int(self._groups[number, 2]) : ends[number]] = sizes
+        return found
+
+    def _picture_sizes(self) -> NDArray[np.int32]:
+        """(rows of all files, 2) what the pictures' heads say; 0 for rows that do not belong to the split."""
+        found = np.zeros((self._total, 2), np.int32)
+        # The next row group is read while the heads of one are looked at.
+        for file, _, start, positions, table in one_ahead(self._walk((self._image,))):
+            if table is not None and positions:
                 folder, column = Path(self._files[file]).parent, table.column(self._image)
-                sizes = list(side_by_side(partial(_cell_size, folder), (_as_python(column[n]) for n in rows)))
-            if table is not None and rows:
-                found[at : at + len(rows)] = sizes
-            at += len(rows)
+                values = [_value(_as_python(column[position - start])) for position in positions]
+                look = partial(_cell_size, folder)
+                # Threads hide a disk's time for files, and only cost where the bytes are here.
+                here = all(isinstance(value, bytes) for value in values)
+                found[positions] = list(map(look, values) if here else side_by_side(look, iter(values)))
         return found
 
     def group_bytes(self) -> int:
@@ -228,11 +254,33 @@ def _value(cell: object) -> object:
     return (cell.get("bytes") or cell.get("path")) if isinstance(cell, Mapping) else cell
 
 
-def _cell_size(folder: Path, cell: object) -> tuple[int, int]:
-    value = _value(cell)
+def _cell_size(folder: Path, value: object) -> tuple[int, int]:
     if isinstance(value, bytes):
         return upright_size(lambda count: value[:count])
     return size_of_file(folder / value) if isinstance(value, str) else (0, 0)
+
+
+def _read_columns(file: Path | str, storage: Storage, columns: Sequence[str]) -> pa.Table:
+    """Small columns of a whole file. Raises BadSample."""
+    opened = _open_parquet(file, storage)
+    try:
+        names = [name for name in opened.schema_arrow.names if name in columns]
+        return opened.read(columns=names, use_threads=False)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise BadSample(f"{address(file)} cannot be read ({short(error)}); copy it again") from error
+
+
+def _sizes_of_columns(table: pa.Table, width: str, height: str) -> NDArray[np.int32]:
+    """(rows, 2) height and width that two columns say; 0 and 0 where they are no positive numbers."""
+    if not {width, height} <= set(table.column_names):
+        return np.zeros((len(table), 2), np.int32)
+    columns = [table.column(name) for name in (height, width)]
+    if all(pa.types.is_integer(column.type) for column in columns):
+        sides = np.stack([column.cast(pa.int64(), safe=False).fill_null(0).to_numpy() for column in columns], axis=1)
+        known = (sides.min(axis=1) > 0) & (sides.max(axis=1) < 2**31)
+        return np.where(known[:, None], sides, 0).astype(np.int32)
+    cells = [dict(zip((height, width), pair, strict=True)) for pair in zip(*map(_as_list, columns), strict=True)]
+    return np.array([size_of_cells(cell, width, height) for cell in cells], np.int32).reshape(-1, 2)
 
 
 class _GroupReader:
@@ -244,6 +292,7 @@ class _GroupReader:
         self._tables: OrderedDict[tuple[Path | str, int], pa.Table] = OrderedDict()
         self._held = 0
         self._open: OrderedDict[Path | str, pq.ParquetFile] = OrderedDict()
+        self._footers = 0
 
     def table(self, file: Path | str, group: int) -> pa.Table:
         with self._lock:
@@ -258,8 +307,11 @@ class _GroupReader:
     def _read(self, file: Path | str, group: int) -> pa.Table:
         if file not in self._open:
             self._open[file] = _open_parquet(file, self._storage)
-            if len(self._open) > _FILES_OPEN:
-                self._open.popitem(last=False)[1].close()
+            self._footers += self._open[file].metadata.serialized_size
+            while len(self._open) > 1 and (len(self._open) > _FILES_OPEN or self._footers > _FOOTER_BYTES):
+                oldest = self._open.popitem(last=False)[1]
+                self._footers -= oldest.metadata.serialized_size
+                oldest.close()
         opened = self._open[file]
         try:
             names = [name for name in opened.schema_arrow.names if name in self._columns]
@@ -282,7 +334,8 @@ def _open_parquet(file: Path | str, storage: Storage) -> pq.ParquetFile:
         raise BadSample(f"{address(file)} {what} ({short(error)}); copy it again or remove it") from error
 
 
-def _check_columns(file: Path | str, schema: pa.Schema, image_column: str, caption_columns: Sequence[str]) -> None:
+def _check_columns(file: Path | str, opened: pq.ParquetFile, image_column: str, caption_columns: Sequence[str]) -> None:
+    schema = opened.schema_arrow
     for name, setting in ((image_column, "image_column"), *((name, "caption_columns") for name in caption_columns)):
         if name not in schema.names:
             raise no_column(address(file), name, setting, schema.names)
@@ -292,7 +345,7 @@ def _check_columns(file: Path | str, schema: pa.Schema, image_column: str, capti
         kind = schema.field(name).type
         if setting == "image_column" and not _is_picture(kind):
             raise UserError(f"{address(file)}: column {name!r} (image_column) holds {kind}, not encoded picture bytes")
-        if setting == "caption_columns" and not _is_caption(kind):
+        if setting == "caption_columns" and not (_is_caption(kind) or _is_texts(kind, opened)):
             lists = "; each row has a list of captions, so write a column for each" if pa.types.is_nested(kind) else ""
             raise UserError(f"{address(file)}: column {name!r} (caption_columns) holds {kind}, not text{lists}")
 
@@ -342,7 +395,13 @@ def _is_picture(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _is_scalar(kind: pa.DataType) -> bool:
-    return bool(
-        _is_caption(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-    )
+def _is_texts(kind: pa.DataType, opened: pq.ParquetFile) -> bool:
+    """Whether a column holds all captions of a picture, as prepare.py writes them."""
+    listed = pa.types.is_list(kind) and _is_text(kind.value_type)
+    return bool(listed) and PREPARED in (opened.schema_arrow.metadata or {})
+
+
+def _is_cell(kind: pa.DataType, opened: pq.ParquetFile) -> bool:
+    """Whether a column's cells are among a row's `columns`."""
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return bool(_is_caption(kind) or _is_texts(kind, opened) or number)
