@@ -23,7 +23,7 @@ from prx_model.captions import clean_caption  # noqa: E402
 from train.commandline import DryRun, parse  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 from train.recipes import Recipe, TwoStages  # noqa: E402
-from train.shown import address, tell  # noqa: E402
+from train.shown import tell  # noqa: E402
 
 if TYPE_CHECKING:
     from train.data.readers import ImageDataset
@@ -108,7 +108,7 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
         UserError: data that cannot be opened, or settings that do not fit.
     """
     from train.data.loader import bucket_counts, notes, open_dataset, open_validation
-    from train.data.mixture import places
+    from train.data.mixture import MixedIndex, places
     from train.data.readers import ImageDataset
 
     found = Findings({"preset": recipe.preset})
@@ -120,6 +120,7 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
     dataset = open_dataset(recipe.data, recipe.train.seed, recipe.model.patch_size)
     validation = open_validation(recipe.data, recipe.model.patch_size)
     assert isinstance(dataset, ImageDataset)
+    index = dataset.index
     found.values |= {
         "path": places(recipe.data),
         "samples": len(dataset),
@@ -128,7 +129,7 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
         "columns": list(dataset.index.columns),
         "opened_in_seconds": round(time.monotonic() - began, 2),
         "epochs": round(recipe.train.steps * recipe.train.batch / len(dataset), 2),
-        "sources": _sources(dataset, recipe),
+        "sources": index.told(recipe.train.steps * recipe.train.batch) if isinstance(index, MixedIndex) else [],
     }
     found.wrong += dataset.index.problems
     if validation is None:
@@ -145,27 +146,6 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
     _storage(found, dataset, recipe)
     _costs(found, recipe, assumed, counts, length)
     return found
-
-
-def _sources(dataset: "ImageDataset", recipe: Recipe) -> list[dict[str, Any]]:
-    """Of each source of a mixture: its part of the samples, and how often each of its own is shown; [] for one."""
-    from train.data.mixture import MixedIndex
-
-    if not isinstance(dataset.index, MixedIndex) or dataset.mixed is None:
-        return []
-    shown = recipe.train.steps * recipe.train.batch
-    return [
-        {
-            "name": source.name,
-            "path": address(source.path),
-            "share": share,
-            "samples": len(part),
-            "epochs": round(shown * share / len(part), 2),
-            "captions": [name for name in source.caption_columns if name in part.columns],
-            "account": part.account.sentence(),
-        }
-        for source, part, share in zip(dataset.index.sources, dataset.index.parts, dataset.mixed.shares, strict=True)
-    ]
 
 
 def _buckets(dataset: "ImageDataset", counts: dict[tuple[int, int], int], batch: int) -> list[dict[str, Any]]:
@@ -188,16 +168,20 @@ def _captions(found: Findings, dataset: "ImageDataset", recipe: Recipe) -> float
     from train.data.loader import most_captions
 
     missing: list[str] = []
-    captions = list(islice(dataset.captions(missing.append), _CAPTIONS))
+    unread: list[str] = []
+    captions = list(islice(dataset.captions(missing.append, unread.append), _CAPTIONS))
     if recipe.text.clean:
         captions = list(map(clean_caption, captions))
     if not captions:
         found.wrong.append(f"no caption in {', '.join(dataset.caption_columns)} of any row")
         return None
-    sizes = [len(caption.encode()) for caption in captions]
+    sizes = [len(caption.encode(errors="replace")) for caption in captions]
     values: dict[str, Any] = {"read": len(captions), "most": most_captions(dataset), "bytes": _percentiles(sizes)}
     if (repeated := len(captions) - len(set(captions))) > 0:
         values["repeated"] = repeated
+    if unread:
+        values["unread"] = len(unread)
+        found.advice.append(f"{len(unread):,} texts cannot be read (first {unread[0]})")
     if missing:
         values["rows_without"] = len(missing)
         share = len(missing) / (len(missing) + len(captions))

@@ -232,15 +232,16 @@ class BucketPlan:
         final = np.array([list(sizes).index(target[size]) for size in sizes], dtype=np.int16)[bucket_of]
         numbers = [number for number in range(len(sizes)) if (final == number).any()]
         self.sizes: list[Size] = [sizes[number] for number in numbers]
-        self.rows = [np.flatnonzero(final == number).astype(np.uint32) for number in numbers]
         self._streams: list[dict[int, NDArray[np.uint32]]] = []
         """Of each bucket, rows by source; only of sources that have some."""
         self._worth: list[float] = []
         self._shares: list[Shares] = []
-        for rows in self.rows:
-            sources = mixed.source_of[rows] if mixed else np.zeros(len(rows), np.int16)
-            self._streams.append({int(source): rows[sources == source] for source in np.unique(sources)})
-            rates = mixed.rates() if mixed else np.ones(1)
+        rates = mixed.rates() if mixed else np.ones(1)
+        for number in numbers:
+            rows = np.flatnonzero(final == number).astype(np.uint32)
+            sources = mixed.source_of[rows] if mixed else None
+            streams = {0: rows} if sources is None else {int(s): rows[sources == s] for s in np.unique(sources)}
+            self._streams.append(streams)
             worth = [len(part) * float(rates[source]) for source, part in self._streams[-1].items()]
             self._worth.append(sum(worth))
             self._shares.append(Shares(worth))
@@ -253,9 +254,14 @@ class BucketPlan:
         self._orders: dict[tuple[int, int], dict[int, NDArray[np.uint32]]] = {}
 
     @property
+    def rows(self) -> list[NDArray[np.uint32]]:
+        """Rows of each bucket, of all sources."""
+        return [np.sort(np.concatenate(list(streams.values()))) for streams in self._streams]
+
+    @property
     def counts(self) -> dict[Size, int]:
         """Pictures of each bucket."""
-        return {size: len(rows) for size, rows in zip(self.sizes, self.rows, strict=True)}
+        return {s: sum(map(len, streams.values())) for s, streams in zip(self.sizes, self._streams, strict=True)}
 
     def at(self, position: int) -> Place:
         """What stands at a global position of this stage. Raises ValueError for one before it."""
@@ -284,7 +290,7 @@ class BucketPlan:
             parts = []
             for bucket, (worth, shift) in enumerate(zip(self._worth, self._shifts, strict=True)):
                 share = worth / total
-                numbers = np.arange(int((length + len(self.rows)) * share) + 2)
+                numbers = np.arange(int((length + len(self.sizes)) * share) + 2)
                 parts.append(((numbers + shift) / share, np.full(numbers.shape, bucket, np.int16), numbers))
             due, buckets, numbers = (np.concatenate(column) for column in zip(*parts, strict=True))
             order = np.lexsort((buckets, due))[:length]

@@ -245,7 +245,8 @@ def collate(examples: list[tuple[int, Example]]) -> Batch:
     positions = torch.tensor([position for position, _ in examples], dtype=torch.int64)
     substituted = tuple(example.substituted for _, example in examples if example.substituted is not None)
     keys = tuple(example.key for _, example in examples)
-    sources = torch.tensor([example.source for _, example in examples], dtype=torch.int64)
+    named = [example.source for _, example in examples if example.source is not None]
+    sources = torch.tensor(named, dtype=torch.int64) if named else None
     captions = [example.caption for _, example in examples]
     return Batch(image, captions, positions, positions, substituted, sources, keys)
 

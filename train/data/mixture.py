@@ -7,6 +7,7 @@ is the order's business (train/data/buckets.py), by the weights that are written
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,6 +163,21 @@ class MixedIndex:
             len(part) * sum(name in part.columns for name in source.caption_columns)
             for source, part in zip(self.sources, self.parts, strict=True)
         )
+
+    def told(self, samples: int) -> list[dict[str, Any]]:
+        """Of each source plain values: what it holds, its share, and its epochs in so many samples of a run."""
+        return [
+            {
+                "name": source.name,
+                "path": address(source.path),
+                "share": share,
+                "samples": len(part),
+                "epochs": round(samples * share / len(part), 2),
+                "captions": [name for name in source.caption_columns if name in part.columns],
+                "account": part.account.sentence(),
+            }
+            for source, part, share in zip(self.sources, self.parts, self.mixed().shares, strict=True)
+        ]
 
     def _row(self, source: int, row: RawRow) -> RawRow:
         """A source's row with the columns of all; captions only from the columns that are captions there."""

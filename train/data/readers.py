@@ -139,12 +139,17 @@ class ImageDataset:
             ),
         )
 
-    def captions(self, missing: Callable[[str], None] = lambda _: None) -> Iterator[str]:
+    def captions(
+        self, missing: Callable[[str], None] = lambda _: None, unread: Callable[[str], None] = lambda _: None
+    ) -> Iterator[str]:
         """Every caption that may be drawn, row after row, as it would be drawn; no picture is read.
 
         Rows without any caption are left out, as training never shows them; `missing` is called with the key of each.
+        `unread` is called with a sentence for each text that is there and cannot be read.
         """
         for row in self.index.text_rows():
+            for why in dict.fromkeys(row.unread.values()):
+                unread(f"{row.key}: {why}")
             try:
                 yield from self._captions(row)
             except BadSample:
@@ -182,7 +187,7 @@ class ImageDataset:
         image = decode(row.image, height=size[0], width=size[1], name=name, fast_jpeg=self.fast_jpeg, fit=self.fit)
         if self.flip and generator(self.seed, purpose="flip", position=position).random() < self.flip:
             image = np.ascontiguousarray(image[:, ::-1])
-        source = self.index.source_of(number) if isinstance(self.index, MixedIndex) else 0
+        source = self.index.source_of(number) if isinstance(self.index, MixedIndex) else None
         return Example(image, caption, row.key, source=source)
 
     def _caption(self, row: RawRow, position: int) -> str:

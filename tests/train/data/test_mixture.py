@@ -1,6 +1,10 @@
 """Several sources as one run: how often each comes, what its columns are, and that a resume sees the same."""
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +22,7 @@ from train.data.settings import Data
 from train.ranks.parallel import World
 from train.recipes import Recipe, prx_512
 
-from ..commands import TINY, run_program
+from ..commands import ROOT, TINY, run_program
 from .picture_files import plain, sentence, write_folder, write_parquet, write_tar
 
 CPU = torch.device("cpu")
@@ -253,6 +257,25 @@ def test_a_mixture_goes_on_bitwise_and_with_other_weights_only_by_force(sources:
     assert "going on, as --force says" in said
 
 
+def test_a_mixture_goes_on_with_fewer_ranks_and_tells_the_same_losses_by_source(sources: Path, tmp_path: Path) -> None:
+    def run(folder: str, steps: int, ranks: int) -> dict[str, float]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += [str(ROOT / "tests/train/ranks/fault_run.py"), "none@9:0", *words(sources)]
+        command += ["--train.steps", str(steps), "--output.folder", str(tmp_path / folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = (tmp_path / folder / "prx-512/metrics.jsonl").read_text().splitlines()
+        (line,) = [line for line in map(json.loads, lines) if line["step"] == steps and "train/loss" in line]
+        return {name: value for name, value in line.items() if name.startswith("train/loss")}
+
+    run("other", 5, ranks=2)
+    found, wanted = run("other", 12, ranks=1), run("whole", 12, ranks=2)
+    assert {f"train/loss_by_source/{name}" for name in ("flux", "reason", "mj", "own")} < found.keys()
+    # Steps 11 and 12, after which the order of sums is all that differs, as in ranks/test_faults.py.
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_source_without_any_of_the_caption_columns_is_told(sources: Path) -> None:
     data = Data(path=(str(sources / "flux=1"), str(sources / "own=1")), caption_columns=("caption",), buckets=False)
     message = sentence(lambda: open_dataset(data, 0, 8))
@@ -272,8 +295,6 @@ def test_a_mixture_without_validation_has_none_and_one_of_one_source_is_it(sourc
 
 
 def test_the_command_that_fills_the_cache_of_a_mixture_names_its_sources(sources: Path) -> None:
-    import shlex
-
     made = recipe(sources, "--text.kind", "t5gemma", "--text.cache", "c")
     again = parse(shlex.split(precompute_command(made))[2:]).recipe
     assert isinstance(again, Recipe)
