@@ -23,7 +23,7 @@ from prx_model.captions import clean_caption  # noqa: E402
 from train.commandline import DryRun, parse  # noqa: E402
 from train.errors import UserError, exit_with_sentence  # noqa: E402
 from train.recipes import Recipe, TwoStages  # noqa: E402
-from train.shown import address, tell  # noqa: E402
+from train.shown import tell  # noqa: E402
 
 if TYPE_CHECKING:
     from train.data.readers import ImageDataset
@@ -108,6 +108,7 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
         UserError: data that cannot be opened, or settings that do not fit.
     """
     from train.data.loader import bucket_counts, notes, open_dataset, open_validation
+    from train.data.mixture import MixedIndex, places
     from train.data.readers import ImageDataset
 
     found = Findings({"preset": recipe.preset})
@@ -119,14 +120,16 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
     dataset = open_dataset(recipe.data, recipe.train.seed, recipe.model.patch_size)
     validation = open_validation(recipe.data, recipe.model.patch_size)
     assert isinstance(dataset, ImageDataset)
+    index = dataset.index
     found.values |= {
-        "path": address(recipe.data.path),
+        "path": places(recipe.data),
         "samples": len(dataset),
         "account": {**vars(dataset.index.account), "left": dict(dataset.index.account.left)},
         "validation": 0 if validation is None else len(validation),
         "columns": list(dataset.index.columns),
         "opened_in_seconds": round(time.monotonic() - began, 2),
         "epochs": round(recipe.train.steps * recipe.train.batch / len(dataset), 2),
+        "sources": index.told(recipe.train.steps * recipe.train.batch) if isinstance(index, MixedIndex) else [],
     }
     found.wrong += dataset.index.problems
     if validation is None:
@@ -137,7 +140,7 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
         found.advice += merged
     except UserError as error:
         found.wrong.append(str(error))
-    found.values["buckets"] = _buckets(counts, recipe.train.batch)
+    found.values["buckets"] = _buckets(dataset, counts, recipe.train.batch)
     length = _captions(found, dataset, recipe)
     _pictures(found, dataset, recipe, options.sample)
     _storage(found, dataset, recipe)
@@ -145,11 +148,14 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
     return found
 
 
-def _buckets(counts: dict[tuple[int, int], int], batch: int) -> list[dict[str, Any]]:
+def _buckets(dataset: "ImageDataset", counts: dict[tuple[int, int], int], batch: int) -> list[dict[str, Any]]:
     """Size, pictures and, where a bucket is too small, the one that takes them; no empty ones."""
-    from train.data.buckets import merge_small
+    from train.data.loader import merges_of
 
-    into = {m.size: m.into for m in merge_small(counts, batch)} if sum(counts.values()) >= batch else {}
+    try:
+        into = {m.size: m.into for m in merges_of(dataset, batch)}
+    except UserError:  # told already
+        into = {}
     return [
         {"height": size[0], "width": size[1], "pictures": count, "merged_into": into.get(size)}
         for size, count in counts.items()
@@ -159,17 +165,23 @@ def _buckets(counts: dict[tuple[int, int], int], batch: int) -> list[dict[str, A
 
 def _captions(found: Findings, dataset: "ImageDataset", recipe: Recipe) -> float | None:
     """Lengths of captions; gives the mean in tokens where it can be told."""
+    from train.data.loader import most_captions
+
     missing: list[str] = []
-    captions = list(islice(dataset.captions(missing.append), _CAPTIONS))
+    unread: list[str] = []
+    captions = list(islice(dataset.captions(missing.append, unread.append), _CAPTIONS))
     if recipe.text.clean:
         captions = list(map(clean_caption, captions))
     if not captions:
         found.wrong.append(f"no caption in {', '.join(dataset.caption_columns)} of any row")
         return None
-    sizes = [len(caption.encode()) for caption in captions]
-    values: dict[str, Any] = {"read": len(captions), "bytes": _percentiles(sizes)}
+    sizes = [len(caption.encode(errors="replace")) for caption in captions]
+    values: dict[str, Any] = {"read": len(captions), "most": most_captions(dataset), "bytes": _percentiles(sizes)}
     if (repeated := len(captions) - len(set(captions))) > 0:
         values["repeated"] = repeated
+    if unread:
+        values["unread"] = len(unread)
+        found.advice.append(f"{len(unread):,} texts cannot be read (first {unread[0]})")
     if missing:
         values["rows_without"] = len(missing)
         share = len(missing) / (len(missing) + len(captions))
@@ -252,6 +264,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 def _storage(found: Findings, dataset: "ImageDataset", recipe: Recipe) -> None:
     """Whether opening takes long, or random access reads much more than a picture."""
     from train.data.formats.parquet import ParquetIndex
+    from train.data.mixture import MixedIndex
 
     seconds = found.values["opened_in_seconds"]
     if seconds > _LONG_OPENING and not recipe.data.index_cache:
@@ -261,7 +274,9 @@ def _storage(found: Findings, dataset: "ImageDataset", recipe: Recipe) -> None:
             f"opening took {seconds:.0f} s, and each rank does it at every start: "
             f"give --data.index-cache FOLDER{columns}"
         )
-    if isinstance(dataset.index, ParquetIndex) and (size := dataset.index.group_bytes()) > _LARGE_GROUP:
+    parts = dataset.index.parts if isinstance(dataset.index, MixedIndex) else [dataset.index]
+    size = max(part.group_bytes() if isinstance(part, ParquetIndex) else 0 for part in parts)
+    if size > _LARGE_GROUP:
         found.advice.append(
             f"parquet row groups have up to {size / 2**20:.0f} MiB, and each picture may read a whole one: write them "
             "anew with about 100 rows a group, or as WebDataset tar files"
@@ -301,7 +316,7 @@ def _costs(
         found.values["cost"]["cores_for_decoding"] = round(needed, 1)
         found.values["cost"]["cores_for_decoding_a_gpu"] = round(needed / assumed.gpus, 2)
     if recipe.text.kind == "t5gemma" and "captions" in found.values:
-        captions = found.values["samples"] * len(recipe.data.caption_columns)
+        captions = found.values["captions"]["most"]
         tokens = MEAN_TOKENS if length is None else round(length)
         size = cache_bytes(captions, recipe.model.context_in_dim, recipe.text.storage, tokens)
         found.values["cost"] |= {"text_cache_bytes": size, "text_cache_tokens_a_caption": tokens}
@@ -332,9 +347,16 @@ def _lines(found: Findings) -> Iterator[str]:
     else:
         yield (
             f"{values['preset']}: {values['path']}: {values['samples']:,} samples and {values['validation']:,} for "
-            f"validation, opened in {values['opened_in_seconds']:g} s; {values['epochs']:g} epochs"
+            f"validation, opened in {values['opened_in_seconds']:g} s"
+            + ("" if values["sources"] else f"; {values['epochs']:g} epochs")
         )
-        yield f"  {Account(**values['account']).sentence()}"
+        if not values["sources"]:
+            yield f"  {Account(**values['account']).sentence()}"
+        for source in values["sources"]:
+            yield (
+                f"  source {source['name']}: {source['share']:.2%} of the samples, {source['epochs']:g} epochs of its "
+                f"{source['samples']:,}; captions from {', '.join(source['captions'])}; {source['account']}"
+            )
         yield f"  columns: {', '.join(values['columns'])}"
         for bucket in values["buckets"]:
             share = bucket["pictures"] / values["samples"]

@@ -9,7 +9,17 @@ import torch
 import torch.distributed as dist
 
 from train.checkpoint.checkpointer import Checkpointer, load_into
-from train.data.loader import Batch, batches, bucket_counts, fingerprint, notes, open_dataset, open_validation
+from train.data.loader import (
+    Batch,
+    accounts,
+    batches,
+    bucket_counts,
+    fingerprint,
+    notes,
+    open_dataset,
+    open_validation,
+    source_names,
+)
 from train.data.quarantine import Quarantine
 from train.data.readers import ImageDataset
 from train.evaluation import evaluate
@@ -79,8 +89,8 @@ class Trainer:
 
     def _tell_notes(self) -> None:
         if self.world.is_main:
-            if isinstance(self.dataset, ImageDataset):
-                tell(f"data: {self.dataset.index.account.sentence()}")
+            for sentence in accounts(self.dataset):
+                tell(f"data: {sentence}")
             for note in [*notes(self.dataset, self.recipe.train.batch), *evaluate.guidance_notes(self.recipe)]:
                 tell(f"note: {note}")
 
@@ -142,7 +152,15 @@ class Trainer:
         recipe, learner = self.recipe, self.learner
         flop = learner.teaching.flop_per_image()
         counts = bucket_counts(self.dataset)
-        self.meter = Meter(recipe, self.world, learner.parameters, flop, buckets=counts, spent=self.spent)
+        self.meter = Meter(
+            recipe,
+            self.world,
+            learner.parameters,
+            flop,
+            buckets=counts,
+            spent=self.spent,
+            sources=source_names(self.dataset),
+        )
         if flop:
             metrics.log(self.step, {f"flop/{name}_per_image": count for name, count in flop.items()})
         # A run of which every step is skipped has learnt nothing, however short it is.
@@ -158,7 +176,7 @@ class Trainer:
             skips.remember(self.step, batch, result.losses, learner.skipped[1])
             self.step += 1
             display.tick(self.step)
-            self.meter.add(result, waited)
+            self.meter.add(result, waited, batch.sources)
             self.watchdog.beat()
             if self.step % _LOG_EVERY == 0 or self.step == recipe.train.steps:
                 self._log(metrics, display)

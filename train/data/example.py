@@ -29,6 +29,8 @@ class Example:
     """Names the sample in messages: file and row, or the parameters of a drawn picture."""
     substituted: Substituted | None = None
     """The sample in whose place this one stands, if so."""
+    source: int | None = None
+    """Which source of a mixture it is from; None where there is one."""
 
 
 class Dataset(Protocol):

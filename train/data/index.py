@@ -29,6 +29,7 @@ def open_images(
     split: str = "train",
     storage: Storage | None = None,
     cache: Path | None = None,
+    some_captions: bool = False,
 ) -> ImageIndex:
     """Index the captioned pictures of one split ("train", "val" or "test") at `path`.
 
@@ -46,6 +47,7 @@ def open_images(
     folder (`train-00000-of-00001.parquet`, `val/`); else to train. Where some files are named so, others are left out.
 
     Parquet and tar files that are missing, empty or damaged are left out and named in `problems`, unless all are.
+    With `some_captions` not all of the caption columns need be there, and in parquet not in every file.
     `storage` says how long a server is waited for; `cache` is a folder that keeps what was read from tar headers.
 
     Raises UserError for a missing path, nothing readable there, a line that is no JSON, a missing column or picture
@@ -61,11 +63,11 @@ def open_images(
 
     def shards(files: Mapping[str, Path | str]) -> ImageIndex:
         if next(iter(files)).lower().endswith(".tar"):
-            return TarIndex(shown, files, storage, image_column, caption_columns, split, cache)
-        return ParquetIndex(shown, files, storage, image_column, caption_columns, split)
+            return TarIndex(shown, files, storage, image_column, caption_columns, split, cache, some_captions)
+        return ParquetIndex(shown, files, storage, image_column, caption_columns, split, some_captions)
 
     def mosaic(files: Mapping[str, Path | str]) -> ImageIndex:
-        return MdsIndex(shown, files, storage, image_column, caption_columns, split)
+        return MdsIndex(shown, files, storage, image_column, caption_columns, split, some_captions)
 
     if is_url(path) and str(path).partition("?")[0].endswith(f"/{INDEX}"):
         return mosaic({INDEX: str(path)})
@@ -88,15 +90,17 @@ def open_images(
         return shards({path.name: path})
     if mds := _mds_files(path):
         return mosaic(mds)
-    return _in_folder(path, shards, image_column, caption_columns, split)
+    return _in_folder(
+        path,
+        shards,
+        lambda jsonl: FolderIndex(path, jsonl, image_column, caption_columns, split, some_captions),
+    )
 
 
 def _in_folder(
     path: Path,
     shards: Callable[[Mapping[str, Path | str]], ImageIndex],
-    image_column: str,
-    captions: Sequence[str],
-    split: str,
+    lines: Callable[[list[Path]], ImageIndex],
 ) -> ImageIndex:
     jsonl, (found, problems) = _jsonl_files(path), _shard_files(path)
     if jsonl:
@@ -104,7 +108,7 @@ def _in_folder(
             if any(file.parent == path for file in files):
                 what = f"both {kind.removeprefix('.')} files and {jsonl[0].relative_to(path)}"
                 raise UserError(f"{path} holds {what}; give the folder of one")
-        return FolderIndex(path, jsonl, image_column, captions, split)
+        return lines(jsonl)
     kinds = [kind for kind, files in found.items() if files]
     if len(kinds) > 1:
         raise UserError(f"{path} holds both parquet and tar files; give the folder of one")

@@ -16,6 +16,7 @@ from train.data.claims import take
 from train.data.formats.folder import FolderIndex
 from train.data.formats.parquet import ParquetIndex
 from train.data.formats.storage import is_url
+from train.data.mixture import MixedIndex
 from train.data.rows import ImageIndex, sha256
 from train.shown import tell
 
@@ -27,6 +28,8 @@ _PAUSE = 0.5
 
 def picture_sizes(index: ImageIndex, columns: tuple[str, str], cache: Path | None) -> NDArray[np.int32]:
     """(rows, 2) height and width of an index's pictures, from columns of these names, the cache, or their heads."""
+    if isinstance(index, MixedIndex):
+        return np.concatenate([picture_sizes(part, columns, cache) for part in index.parts])
     told = all(name in index.columns for name in columns)
     if told and isinstance(index, ParquetIndex | FolderIndex) and cache is None:
         return index.sizes(*columns)  # a few bytes a row, in seconds

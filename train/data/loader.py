@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from train.data.buckets import Size, bucket_sizes, describe, merge_small, too_few
+from train.data import buckets
+from train.data.buckets import Merge, Size, bucket_sizes, describe, merge_small, too_few
 from train.data.drawn import scenes, shapes
 from train.data.drawn.scenes import ScenesDataset
 from train.data.drawn.shapes import ShapesDataset
@@ -22,8 +23,9 @@ from train.data.example import Dataset, Example, Substituted
 from train.data.formats.storage import Storage
 from train.data.index import open_images
 from train.data.kept_sizes import picture_sizes
+from train.data.mixture import MixedIndex, Source, open_sources
 from train.data.readers import ImageDataset, parse_prefixes
-from train.data.rows import NoSplitError
+from train.data.rows import ImageIndex, NoSplitError
 from train.data.sampler import PositionSampler
 from train.data.settings import Data
 from train.data.worker_signals import born_shielded, end_by_parent_only
@@ -49,17 +51,21 @@ class Batch:
     """The same, where the captions are: reading them from a GPU would wait for it."""
     substituted: tuple[Substituted, ...] = ()
     """Samples of this batch that could not be read, and in whose place others stand."""
+    sources: Tensor | None = None
+    """(batch,) int64, which source of a mixture each is from; on the device."""
     keys: tuple[str, ...] = ()
     """Names each sample in messages, as it was read: no other order of the data can name another."""
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on the device."""
         image, positions = (x.to(device, non_blocking=True) for x in (self.image, self.positions))
-        return replace(self, image=image, positions=positions)
+        sources = None if self.sources is None else self.sources.to(device, non_blocking=True)
+        return replace(self, image=image, positions=positions, sources=sources)
 
     def pin_memory(self) -> "Batch":
         """What the loader calls where batches go to a GPU: copies from pinned memory run beside computation."""
-        return replace(self, image=self.image.pin_memory(), positions=self.positions.pin_memory())
+        sources = None if self.sources is None else self.sources.pin_memory()
+        return replace(self, image=self.image.pin_memory(), positions=self.positions.pin_memory(), sources=sources)
 
 
 def open_dataset(data: Data, seed: int, patch: int) -> Dataset:
@@ -112,12 +118,46 @@ def fingerprint(dataset: Dataset) -> str:
     return dataset.fingerprint if isinstance(dataset, ImageDataset) else type(dataset).__name__
 
 
+def accounts(dataset: Dataset) -> list[str]:
+    """Of each source a sentence: what it holds, and what of it became no sample; none of what is drawn."""
+    if not isinstance(dataset, ImageDataset):
+        return []
+    index = dataset.index
+    if not isinstance(index, MixedIndex):
+        return [index.account.sentence()]
+    return [f"{s.name}: {part.account.sentence()}" for s, part in zip(index.sources, index.parts, strict=True)]
+
+
+def source_names(dataset: Dataset) -> tuple[str, ...]:
+    """The sources of a mixture; empty for one source."""
+    return dataset.mixed.names if isinstance(dataset, ImageDataset) and dataset.mixed else ()
+
+
+def most_captions(dataset: ImageDataset) -> int:
+    """How many captions there may be: one for each row and caption column."""
+    index = dataset.index
+    return index.captions() if isinstance(index, MixedIndex) else len(index) * len(dataset.caption_columns)
+
+
 def bucket_counts(dataset: Dataset) -> dict[Size, int]:
     """Pictures of each aspect-ratio bucket, before small ones are merged; empty without buckets."""
     if not isinstance(dataset, ImageDataset) or not len(dataset.bucket_of):
         return {}
-    counts = np.bincount(dataset.bucket_of, minlength=len(dataset.sizes)).tolist()
-    return dict(zip(dataset.sizes, counts, strict=True))
+    return {size: sum(count) for size, count in buckets.bucket_counts(dataset.bucket_of, dataset.sizes).items()}
+
+
+def merges_of(dataset: ImageDataset, batch: int) -> list[Merge]:
+    """Which buckets are merged because a batch would show a picture twice.
+
+    Raises:
+        UserError: fewer samples than a step takes, or of one source than its share of a step.
+    """
+    if len(dataset) < batch:
+        raise too_few(len(dataset), batch)
+    if not len(dataset.bucket_of) and dataset.mixed is None:
+        return []
+    bucket_of = dataset.bucket_of if len(dataset.bucket_of) else np.zeros(len(dataset), np.int16)
+    return merge_small(buckets.bucket_counts(bucket_of, dataset.sizes, dataset.mixed), batch, dataset.mixed)
 
 
 def notes(dataset: Dataset, batch: int) -> tuple[str, ...]:
@@ -128,10 +168,7 @@ def notes(dataset: Dataset, batch: int) -> tuple[str, ...]:
     """
     if not isinstance(dataset, ImageDataset):
         return ()
-    if len(dataset) < batch:
-        raise too_few(len(dataset), batch)
-    counts = bucket_counts(dataset)
-    merges = merge_small(counts, batch) if counts else []
+    merges = merges_of(dataset, batch)
     return (*dataset.index.problems, *([describe(merges, batch)] if merges else []))
 
 
@@ -190,8 +227,9 @@ def _on_device(loader: "DataLoader[Any]", device: torch.device) -> Iterator[Batc
                 copied = batch.to(device)
             current = torch.cuda.current_stream(device)
             current.wait_stream(aside)
-            for tensor in (copied.image, copied.positions):
-                tensor.record_stream(current)  # else its memory could be given to the next copy too early
+            for tensor in (copied.image, copied.positions, copied.sources):
+                if tensor is not None:
+                    tensor.record_stream(current)  # else its memory could be given to the next copy too early
             yield copied
     except UserError as error:
         # A worker's error arrives with its traceback as text; the sentence is the last line.
@@ -206,7 +244,10 @@ def collate(examples: list[tuple[int, Example]]) -> Batch:
     positions = torch.tensor([position for position, _ in examples], dtype=torch.int64)
     substituted = tuple(example.substituted for _, example in examples if example.substituted is not None)
     keys = tuple(example.key for _, example in examples)
-    return Batch(image, [example.caption for _, example in examples], positions, positions, substituted, keys)
+    named = [example.source for _, example in examples if example.source is not None]
+    sources = torch.tensor(named, dtype=torch.int64) if named else None
+    captions = [example.caption for _, example in examples]
+    return Batch(image, captions, positions, positions, substituted, sources, keys)
 
 
 def to_float(image: Tensor) -> Tensor:
@@ -243,23 +284,35 @@ class _Numbered(torch.utils.data.Dataset[tuple[int, Example]]):
 
 
 def _images(data: Data, seed: int, patch: int, split: str) -> ImageDataset:
-    if not data.path:
-        raise UserError("this preset reads pictures: give their folder with --data.path")
     cache = Path(data.index_cache) if data.index_cache else None
-    index = open_images(
-        data.path,
-        image_column=data.image_column,
-        caption_columns=data.caption_columns,
-        split=split,
-        storage=Storage(data.timeout, data.tries),
-        cache=cache,
-    )
+    none: list[NoSplitError] = []
+
+    def open_one(source: Source, mixed: bool) -> ImageIndex | None:
+        try:
+            return open_images(
+                source.path,
+                image_column=source.image_column,
+                caption_columns=source.caption_columns,
+                split=split,
+                storage=Storage(data.timeout, data.tries),
+                cache=cache,
+                some_captions=mixed,
+            )
+        except NoSplitError as error:
+            if split == "train" or not mixed:
+                raise
+            none.append(error)  # another source may have validation pictures
+            return None
+
+    index = open_sources(data, open_one)
+    if index is None:
+        raise none[0]
     return ImageDataset(
         index,
         height=data.height,
         width=data.width,
         seed=seed,
-        caption_columns=data.caption_columns,
+        caption_columns=index.caption_columns if isinstance(index, MixedIndex) else data.caption_columns,
         style_column=data.style_column,
         style_prefixes=parse_prefixes(data.style_prefixes),
         flip=data.flip if split == "train" else 0.0,

@@ -20,6 +20,7 @@ from prx_model.captions import clean_caption
 from train.data.buckets import BucketPlan, Size, assign
 from train.data.example import Example, Substituted
 from train.data.formats.cells import JSON
+from train.data.mixture import MixedIndex
 from train.data.rows import BadSample, ImageIndex, RawRow, no_column, sha256
 from train.data.sampler import index_at
 from train.data.sizes import orientation
@@ -94,6 +95,7 @@ class ImageDataset:
                 without = "; --data.style-column= does without" if setting == "style_column" else ""
                 raise UserError(f"{no_column(index.path, name, setting, index.columns)}{without}")
         self.index, self.height, self.width, self.seed = index, height, width, seed
+        self.mixed = index.mixed() if isinstance(index, MixedIndex) else None
         self.caption_columns, self.flip, self.shuffle = tuple(caption_columns), flip, shuffle
         self.fast_jpeg, self.fit = fast_jpeg, fit
         self.style_column, self.style_prefixes = style_column, dict(style_prefixes or {})
@@ -137,15 +139,23 @@ class ImageDataset:
         """The same pictures in an order in which every `batch` of a stage have one size; see `BucketPlan`."""
         bucket_of = self.bucket_of if len(self.bucket_of) else np.zeros(len(self), np.int16)
         return PlannedImages(
-            self, BucketPlan(bucket_of, self.sizes, batch=batch, seed=self.seed, first_position=first_position)
+            self,
+            BucketPlan(
+                bucket_of, self.sizes, batch=batch, seed=self.seed, first_position=first_position, mixed=self.mixed
+            ),
         )
 
-    def captions(self, missing: Callable[[str], None] = lambda _: None) -> Iterator[str]:
+    def captions(
+        self, missing: Callable[[str], None] = lambda _: None, unread: Callable[[str], None] = lambda _: None
+    ) -> Iterator[str]:
         """Every caption that may be drawn, row after row, as it would be drawn; no picture is read.
 
         Rows without any caption are left out, as training never shows them; `missing` is called with the key of each.
+        `unread` is called with a sentence for each text that is there and cannot be read.
         """
         for row in self.index.text_rows():
+            for why in dict.fromkeys(row.unread.values()):
+                unread(f"{row.key}: {why}")
             try:
                 yield from self._captions(row)
             except BadSample:
@@ -183,7 +193,8 @@ class ImageDataset:
         image = decode(row.image, height=size[0], width=size[1], name=name, fast_jpeg=self.fast_jpeg, fit=self.fit)
         if self.flip and generator(self.seed, purpose="flip", position=position).random() < self.flip:
             image = np.ascontiguousarray(image[:, ::-1])
-        return Example(image, caption, row.key)
+        source = self.index.source_of(number) if isinstance(self.index, MixedIndex) else None
+        return Example(image, caption, row.key, source=source)
 
     def _caption(self, row: RawRow, position: int) -> str:
         captions = self._captions(row)
@@ -214,9 +225,9 @@ class PlannedImages:
         self.images, self.plan = images, plan
 
     def __getitem__(self, position: int) -> Example:
-        """As `ImageDataset.__getitem__`; a substitute comes from the same bucket."""
+        """As `ImageDataset.__getitem__`; a substitute comes from the same bucket and source."""
         place = self.plan.at(position)
-        return self.images.substituted(position, place.row, place.size, self.plan.rows[place.bucket])
+        return self.images.substituted(position, place.row, place.size, self.plan.substitutes(place))
 
 
 def decode(

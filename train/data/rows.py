@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,8 +80,12 @@ class ImageIndex(Protocol):
     """Names of the text, number and boolean columns."""
     fingerprint: str
     """SHA-256 (hex) over file names, sizes, row counts and the split, so that a resume can refuse changed data."""
-    account: Account
-    """What the readable files hold, and what of it became no sample."""
+
+    @property
+    def account(self) -> Account:
+        """What the readable files hold, and what of it became no sample."""
+        ...
+
     problems: tuple[str, ...]
     """A sentence for each file that was left out, or of which only a part can be read."""
 
@@ -150,6 +154,21 @@ def no_column(
     near = nearest(name, there := list(there))
     columns = f"its columns are {', '.join(there)}{near}" if there else "it has no column of text, numbers or booleans"
     return UserError(f"{file} has no column {name!r} ({setting}); {columns}")
+
+
+def check_captions(
+    file: Path | str,
+    captions: Sequence[str],
+    there: Iterable[str],
+    nested: Mapping[str, str] | None = None,
+    *,
+    some: bool = False,
+) -> None:
+    """Raise what `no_column` says where a caption column is missing; with `some` where all are."""
+    there = list(there)
+    missing = [name for name in captions if name not in there]
+    if missing and (not some or len(missing) == len(captions)):
+        raise no_column(file, missing[0], "caption_columns", there, nested)
 
 
 def size_of_cells(cells: Mapping[str, Any], width: str, height: str) -> tuple[int, int]:

@@ -1,9 +1,21 @@
 """The data section of a recipe; no torch here, see train/recipes.py."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from prx_model.ranges import Range
+
+_WEIGHT = re.compile(r"(.+)=(-?[0-9.]+(?:[eE][+-]?[0-9]+)?)", re.DOTALL)
+
+
+def weight_of(entry: str) -> tuple[str, float | None]:
+    """An entry of a mixture's `data.path` as path and weight; None where it has none."""
+    match = _WEIGHT.fullmatch(entry)
+    try:
+        return (entry, None) if match is None else (match[1], float(match[2]))
+    except ValueError:
+        return entry, None
 
 
 @dataclass(frozen=True)
@@ -12,14 +24,17 @@ class Data:
 
     kind: Literal["shapes", "scenes", "images"] = "images"
     """shapes and scenes are drawn on the fly; images are read from `path`."""
-    path: str = ""
+    path: str | tuple[str, ...] = ""
     """Folder of parquet or tar files, or of pictures with a captions.jsonl; or a/shard-{000..127}.tar, http(s)://… too.
+    Several are mixed by weight: FIRST=3 SECOND=1; without weights by their numbers of samples.
     """
     height: Annotated[int, Range(1, 65_536)] = 512
     width: Annotated[int, Range(1, 65_536)] = 512
     image_column: str = "image"
     caption_columns: tuple[str, ...] = ("caption",)
-    """One of them is drawn at each visit."""
+    """One of them is drawn at each visit. In a mixture a source need not have all of them."""
+    source_columns: tuple[str, ...] = ()
+    """Columns of one source of a mixture, named by the last part of its path: "NAME:image=jpg" "NAME:captions=a,b"."""
     style_column: str = ""
     """Column whose value selects a caption's prefix."""
     style_prefixes: tuple[str, ...] = ()

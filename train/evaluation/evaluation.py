@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from train.data.loader import HeldOut
+from train.data.mixture import places
 from train.errors import UserError
 from train.evaluation import evaluate
 from train.evaluation.distances import Distances
@@ -12,7 +13,6 @@ from train.evaluation.pictures import save_grid
 from train.learner.step import Learner
 from train.ranks.parallel import World, from_main
 from train.recipes import Recipe
-from train.shown import address
 
 _SECONDS = 10.0
 """Between two lines about an evaluation that is under way."""
@@ -90,7 +90,7 @@ def _check(recipe: Recipe, validation: HeldOut | None) -> None:
     if validation is None:
         raise UserError(
             f"evaluation.fid, cmmd and dino_mmd compare with validation pictures, and the data at "
-            f"{address(recipe.data.path)} have no split 'val'; add one or leave them off"
+            f"{places(recipe.data)} have no split 'val'; add one or leave them off"
         )
     samples = recipe.evaluation.samples
     if min(len(validation), samples) < 2:

@@ -185,10 +185,14 @@ class Learner:
 
 
 def _by_t(losses: Tensor, t: Tensor) -> Tensor:
-    """`StepResult.bins` of the losses (batch,) of samples at t; a product with one-hot rows adds in a fixed order."""
-    places = (t * T_BINS).long().clamp(max=T_BINS - 1)
-    rows = (places[:, None] == torch.arange(T_BINS, device=t.device)).to(losses.dtype)
-    # A loss that is not finite would otherwise reach every bin as 0 · NaN.
+    """`StepResult.bins` of the losses (batch,) of samples at t."""
+    return loss_sums(losses, (t * T_BINS).long().clamp(max=T_BINS - 1), T_BINS)
+
+
+def loss_sums(losses: Tensor, places: Tensor, count: int) -> Tensor:
+    """(2, count): sums of losses (batch,) by their places 0 … count - 1 (batch,), and how many."""
+    rows = (places[:, None] == torch.arange(count, device=places.device)).to(losses.dtype)
+    # In a fixed order. A loss that is not finite would otherwise reach every bin as 0 · NaN.
     sums = torch.where(rows > 0, losses[:, None], 0.0).sum(dim=0)
     return torch.stack([sums, rows.sum(dim=0)])
 

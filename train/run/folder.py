@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prx_model.ranges import check_ranges
 from train import shown
+from train.data.settings import weight_of
 from train.errors import UserError
 from train.recipes import Recipe
 from train.side_files import parse_json, write_whole
@@ -91,7 +92,7 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
     Raises:
         UserError: naming the fields that differ, model, data and seed first.
     """
-    before, now = (dict(_flat(shown.settings(asdict(each)))) for each in (read_config(folder), recipe))
+    before, now = ({**dict(_flat(shown.settings(asdict(r)))), **_weights(r)} for r in (read_config(folder), recipe))
     names = [n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and not n.startswith(_FREE)]
     if names:
         names.sort(key=lambda name: (not name.startswith(_FIRST), name))
@@ -101,6 +102,12 @@ def check_same_run(folder: Path, recipe: Recipe) -> None:
             f"{folder} holds a run with other settings ({listed}); give this one its own --output.name, "
             "start the old command again to go on, or add --force to go on all the same"
         )
+
+
+def _weights(recipe: Recipe) -> dict[str, Any]:
+    """The weights of a mixture, which are no part of where its data lie."""
+    path = recipe.data.path
+    return {} if isinstance(path, str) else {"data.weights": [weight_of(entry)[1] for entry in path]}
 
 
 def check_same_data(folder: Path, path: str, before: str | None, now: str) -> None:
@@ -144,7 +151,9 @@ def _build(kind: Any, value: Any) -> Any:
             return tuple(_build(item_types[0], part) for part in value)
         return tuple(_build(item, part) for item, part in zip(item_types, value, strict=True))
     if get_origin(kind) in (Union, types.UnionType):
-        return None if value is None else _build(next(a for a in get_args(kind) if a is not type(None)), value)
+        kinds = [a for a in get_args(kind) if a is not type(None)]
+        fitting = next((a for a in kinds if isinstance(value, list) == (get_origin(a) is tuple)), kinds[0])
+        return None if value is None else _build(fitting, value)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise ValueError(f"{value!r} is none of {get_args(kind)}")

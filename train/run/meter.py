@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from prx_kernels import newton_schulz_flop
 from train.data.buckets import Size
 from train.learner.optimizers import Named, split
-from train.learner.step import T_BINS, StepResult
+from train.learner.step import T_BINS, StepResult, loss_sums
 from train.ranks.parallel import World, average
 from train.recipes import Recipe
 from train.run.plan import flop_per_image, mean_tokens, peak_flops
@@ -26,6 +26,7 @@ class Meter:
         teachers: operations of each for one picture.
         buckets: pictures of each size, where there are several.
         spent: seconds that earlier starts of this run took.
+        sources: names of a mixture's, whose losses are told apart.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class Meter:
         *,
         buckets: Mapping[Size, int] | None = None,
         spent: float = 0.0,
+        sources: Sequence[str] = (),
     ) -> None:
-        self.recipe, self.world = recipe, world
+        self.recipe, self.world, self.sources = recipe, world, tuple(sources)
         self.tokens = mean_tokens(recipe, buckets)
         self.denoiser = 3.0 * flop_per_image(recipe, buckets)
         muon = split(parameters, recipe)[0]
@@ -58,13 +60,16 @@ class Meter:
         """Forget what was added."""
         self.sums: dict[str, Tensor] = {}
         self.bins = torch.zeros(2, T_BINS, device=self.world.device)
+        self.by_source = torch.zeros(2, len(self.sources), device=self.world.device)
         self.steps, self.waited, self.began = 0, 0.0, time.monotonic()
 
-    def add(self, result: StepResult, waited: float) -> None:
-        """Take in a step, and the seconds that the host waited for its data."""
+    def add(self, result: StepResult, waited: float, sources: Tensor | None = None) -> None:
+        """Take in a step, the seconds that the host waited for its data, and the source of each sample (batch,)."""
         for name, value in (*result.parts.items(), ("gradient_norm", result.norm)):
             self.sums[name] = self.sums[name] + value if name in self.sums else value.float()
         self.bins += result.bins
+        if self.sources and sources is not None:
+            self.by_source += loss_sums(result.losses, sources[: len(result.losses)], len(self.sources))
         self.waited += waited
         self.steps += 1
 
@@ -72,12 +77,15 @@ class Meter:
         """Means since the last reading as "train/<name>", loss by t, speed, memory and cost; then start anew."""
         means = torch.stack([*self.sums.values()]) / max(self.steps, 1)
         # each rank has seen its own part of the batch
-        told = average(torch.cat([means, self.bins.flatten()]), self.world).tolist()
+        told = average(torch.cat([means, self.bins.flatten(), self.by_source.flatten()]), self.world).tolist()
         values = {f"train/{name}": value for name, value in zip(self.sums, told, strict=False)}
-        sums, counts = told[len(means) : len(means) + T_BINS], told[len(means) + T_BINS :]
-        for i, (loss, count) in enumerate(zip(sums, counts, strict=True)):
+        names = [f"loss_by_t/{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}" for i in range(T_BINS)]
+        sums, counts = told[len(means) : len(means) + T_BINS], told[len(means) + T_BINS : len(means) + 2 * T_BINS]
+        values |= {f"train/{name}": sums[i] / counts[i] for i, name in enumerate(names) if counts[i]}
+        sums, counts = told[len(means) + 2 * T_BINS :][: len(self.sources)], told[len(told) - len(self.sources) :]
+        for name, loss, count in zip(self.sources, sums, counts, strict=True):
             if count:
-                values[f"train/loss_by_t/{i / T_BINS:.1f}-{(i + 1) / T_BINS:.1f}"] = loss / count
+                values[f"train/loss_by_source/{name}"] = loss / count
         spent = time.monotonic() - self.began
         rate = self.recipe.train.batch * self.steps / spent
         values |= {

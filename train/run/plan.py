@@ -12,7 +12,8 @@ from prx_model.text import ByteTower
 from prx_model.transformer import PRXTransformer
 from train.commandline import DryRun
 from train.data.buckets import Size
-from train.data.loader import open_dataset, open_validation
+from train.data.loader import most_captions, open_dataset, open_validation
+from train.data.mixture import places
 from train.data.readers import ImageDataset
 from train.data.text_cache import MEAN_TOKENS, cache_bytes
 from train.errors import UserError
@@ -20,7 +21,7 @@ from train.learner.build import check, check_ranks, on_paper
 from train.learner.optimizers import Named, named_parameters, split
 from train.ranks.parallel import mesh_shape
 from train.recipes import Recipe, TwoStages
-from train.shown import address, settings, tell
+from train.shown import settings, tell
 
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
 """Dense bf16 rate on the data sheet, TFLOP/s, by a part of the device's name."""
@@ -199,8 +200,8 @@ def text_cache_line(recipe: Recipe) -> str:
     if recipe.data.path:
         data = replace(recipe.data, buckets=False)  # only rows are counted
         sets = [open_dataset(data, recipe.train.seed, 1), open_validation(data, 1)]
-        rows = sum(len(images) for images in sets if isinstance(images, ImageDataset))
-        captions, source = rows * len(recipe.data.caption_columns), f"those of {address(recipe.data.path)}"
+        rows = sum(most_captions(images) for images in sets if isinstance(images, ImageDataset))
+        captions, source = rows, f"those of {places(recipe.data)}"
     width, storage = recipe.model.context_in_dim, recipe.text.storage
     size = cache_bytes(captions, width, storage)
     padded = cache_bytes(captions, width, storage, recipe.text.max_tokens)

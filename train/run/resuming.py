@@ -6,6 +6,7 @@ from pathlib import Path
 
 from train.checkpoint.checkpointer import Found, find_newest
 from train.checkpoint.state import need
+from train.data.mixture import places
 from train.errors import UserError
 from train.ranks.agreement import Group
 from train.ranks.parallel import World
@@ -64,7 +65,7 @@ class Resuming:
         recipe, state = self.recipe, found.state
         self._insist(lambda: check_same_run(found.folder, recipe))
         before = state.get("fingerprint")
-        self._insist(lambda: check_same_data(found.folder, recipe.data.path, before, fingerprint))
+        self._insist(lambda: check_same_data(found.folder, places(recipe.data), before, fingerprint))
         if found.step > recipe.train.steps:
             raise UserError(
                 f"{self.folder} has already done {found.step} steps, more than train.steps {recipe.train.steps}; "

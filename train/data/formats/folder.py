@@ -14,9 +14,9 @@ from train.data.rows import (
     Account,
     BadSample,
     RawRow,
+    check_captions,
     is_plain,
     kind_of,
-    no_column,
     no_split,
     row_split,
     sha256,
@@ -36,7 +36,15 @@ _FILES_CHECKED = 100
 class FolderIndex:
     """Picture files named by the lines of JSONL files."""
 
-    def __init__(self, path: Path, files: Sequence[Path], image_column: str, captions: Sequence[str], split: str):
+    def __init__(
+        self,
+        path: Path,
+        files: Sequence[Path],
+        image_column: str,
+        captions: Sequence[str],
+        split: str,
+        some_captions: bool = False,
+    ):
         self.path: Path | str = path
         self._root, self._files = path, list(files)
         self._fields = (*({image_column} - set(_FILE_FIELDS)), *_FILE_FIELDS)
@@ -66,9 +74,7 @@ class FolderIndex:
             raise no_split(path, split, (file.relative_to(path).as_posix() for file in files))
         if not any(picture.is_file() for picture in pictures):
             raise UserError(f"{files[lines[0][0]]}:{lines[0][1]}: {_missing(pictures[0])}")
-        for name in captions:
-            if name not in columns:
-                raise no_column(files[lines[0][0]], name, "caption_columns", columns, nested)
+        check_captions(files[lines[0][0]], captions, columns, nested, some=some_captions)
         self.columns, self.fingerprint = tuple(columns), sha256(described)
         self._lines = np.array(lines, dtype=np.int64)
         self.problems: tuple[str, ...] = ()

@@ -26,6 +26,7 @@ from train.data.rows import (
     Account,
     BadSample,
     RawRow,
+    check_captions,
     listing,
     no_column,
     no_split,
@@ -75,6 +76,7 @@ class MdsIndex:
         image_column: str,
         captions: Sequence[str],
         split: str,
+        some_captions: bool = False,
     ):
         """`files` are the readable places of index.json files by their names inside `path`.
 
@@ -101,7 +103,7 @@ class MdsIndex:
             nothing = f"{path} has no sample, among {listing(chosen)}"
             raise UserError(problems[0].removesuffix("; it is left out") if problems else nothing)
         self.problems = tuple(problems)
-        self.columns = _columns(self._shards, image_column, captions)
+        self.columns = _columns(self._shards, image_column, captions, some_captions)
         self.fingerprint = sha256([*described, *(f"{s.name} {s.samples}" for s in self._shards)])
         self._firsts = np.cumsum([0, *(shard.samples for shard in self._shards)])
         self.account = Account("rows", len(self), len(self), len(self), {})
@@ -336,13 +338,16 @@ def _size(file: Path | str, storage: Storage) -> int | None:
         return None
 
 
-def _columns(shards: Sequence[_Shard], image_column: str, captions: Sequence[str]) -> tuple[str, ...]:
+def _columns(
+    shards: Sequence[_Shard], image_column: str, captions: Sequence[str], some_captions: bool
+) -> tuple[str, ...]:
     """Names of the columns that are cells. Raises UserError for one that is asked for and not there."""
     columns = dict[str, None]()
     for shard in shards:
         encodings = {name: encoding for name, encoding, _ in shard.columns}
         where = address(shard.file)
-        for name, setting in ((image_column, "image_column"), *((name, "caption_columns") for name in captions)):
+        asked = [name for name in captions if name in encodings or not some_captions]
+        for name, setting in ((image_column, "image_column"), *((name, "caption_columns") for name in asked)):
             if name not in encodings:
                 raise no_column(where, name, setting, encodings)
             kind = encodings[name].partition(":")[0]
@@ -351,4 +356,5 @@ def _columns(shards: Sequence[_Shard], image_column: str, captions: Sequence[str
             if setting == "caption_columns" and kind != "str":
                 raise UserError(f"{where}: column {name!r} (caption_columns) holds {kind}, not text")
         columns |= dict.fromkeys(name for name, kind in encodings.items() if kind in SCALARS)
+    check_captions(address(shards[0].file), captions, columns, some=some_captions)
     return tuple(columns)

@@ -20,6 +20,7 @@ from train.data.rows import (
     Account,
     BadSample,
     RawRow,
+    check_captions,
     listing,
     no_column,
     no_split,
@@ -56,6 +57,7 @@ class ParquetIndex:
         image_column: str,
         captions: Sequence[str],
         split: str,
+        some_captions: bool = False,
     ):
         """`files` are the readable places of files by their names inside `path`."""
         self.path, self._image, self._storage = path, image_column, storage
@@ -80,8 +82,9 @@ class ParquetIndex:
             rows_seen += opened.metadata.num_rows
             if not mask.any():
                 continue
-            _check_columns(file, opened, image_column, captions)
             fields, names = list(opened.schema_arrow), opened.schema_arrow.names
+            checked = [name for name in captions if name in names or not some_captions]
+            _check_columns(file, opened, image_column, checked)
             cells = dict.fromkeys(f.name for f in fields if _is_cell(f.type, opened) and names.count(f.name) == 1)
             columns.update(cells)
             used = {image_column, *cells}
@@ -100,6 +103,7 @@ class ParquetIndex:
             raise UserError(f"{path} has no rows: {listing((named or files).keys())} hold columns and nothing in them")
         if not chosen:
             raise no_split(path, split, (named or files).keys())
+        check_captions(address(self._files[0]), captions, columns, some=some_captions)
         self.columns, self.problems = tuple(columns), (*unnamed(named, files), *problems)
         self.fingerprint = sha256(described)
         self._groups = np.array(groups, dtype=np.int64)

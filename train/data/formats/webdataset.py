@@ -38,8 +38,8 @@ from train.data.rows import (
     Account,
     BadSample,
     RawRow,
+    check_captions,
     listing,
-    no_column,
     no_split,
     sha256,
     short,
@@ -74,6 +74,7 @@ class TarIndex:
         captions: Sequence[str],
         split: str,
         cache: Path | None = None,
+        some_captions: bool = False,
     ):
         """`files` are the readable places of files by their names inside `path`.
 
@@ -114,9 +115,7 @@ class TarIndex:
             columns.update(dict.fromkeys(n for n in (*cells.values, *cells.unread) if n != JSON))
             nested |= cells.nested
         self.columns = tuple(columns)
-        for name in captions:
-            if name not in columns:
-                raise no_column(address(self._files[0]), name, "caption_columns", columns, nested)
+        check_captions(address(self._files[0]), captions, columns, nested, some=some_captions)
 
     def __len__(self) -> int:
         return len(self._starts)

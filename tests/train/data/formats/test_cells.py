@@ -39,6 +39,7 @@ def test_other_encodings_are_named_rather_than_guessed(content: bytes, said: str
 def test_a_tar_of_all_encodings_is_read_or_named_and_doctor_says_which(tmp_path: Path) -> None:
     encodings = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "latin-1"]
     samples = [(f"{n}", {"png": plain(n), "txt": CAPTION.encode(e)}) for n, e in enumerate(encodings)]
+    samples[1][1]["json"] = b"{broken"
     samples[0][1]["json"] = json.dumps({"caption": None, "width": 8}).encode("utf-16")
     path = write_tar(tmp_path / "train.tar", samples)
     index = open_images(path)
@@ -48,6 +49,7 @@ def test_a_tar_of_all_encodings_is_read_or_named_and_doctor_says_which(tmp_path:
     with pytest.raises(BadSample, match=r"row 4 \(4\): no caption in caption: \.txt is no UTF-8 \(byte 0xf6 at 7\)"):
         dataset.read(4)
     done = run_program("doctor", "prx-512", "--data.path", str(path), "--train.batch", "2")
+    assert "2 texts cannot be read (first train.tar row 1: .json cannot be read" in done.stdout
     assert "row 4 (4): no caption in caption: .txt is no UTF-8 (byte 0xf6 at 7); write it as UTF-8" in done.stdout
 
 
