@@ -8,7 +8,8 @@ from typing import Any
 from benchmarks import project
 from benchmarks.machine import Ceilings
 from benchmarks.measure import Row
-from benchmarks.project import BUDGET_HOURS, Assumptions, Speed
+from benchmarks.project import BUDGET_HOURS, Speed
+from train.run.hours import Assumptions
 
 Measured = tuple[list[Row], Ceilings, Path]
 NODES = (1, 2, 4, 8, 16)
@@ -48,7 +49,7 @@ def hours(speed: Speed) -> list[tuple[int, list[float]]]:
     for nodes in NODES:
         assumed = replace(default, network=replace(default.network, nodes=nodes))
         stages = project.project(speed, assumed)
-        made.append((nodes * default.network.gpus, [s.hours + default.start_seconds / 3600 for s in stages]))
+        made.append((nodes * default.network.gpus, [s.hours for s in stages]))
     return made
 
 

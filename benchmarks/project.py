@@ -1,25 +1,21 @@
 """What step times make of the whole recipe: hours and dollars on N nodes of M GPUs, with every assumption printed.
 
 Weights lie on the GPUs as train/ranks/parallel.py lays out the presets. The roofline's floors are printed first.
+The number is that of train/run/hours.py, as --dry-run and doctor.py print it.
 
-python -m benchmarks.project                                     # from the roofline's floors
+python -m benchmarks.project                                     # from the counted steps
 python -m benchmarks.project --results benchmarks/results/*.json # from measured steps
 python -m benchmarks.project --ms 100 135                        # from these milliseconds of forward and backward
 python -m benchmarks.project --check                             # bytes by formula beside those that gloo ranks move
 """
 
 import argparse
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
-import torch
-
 from benchmarks import replay, roofline, summary
-from benchmarks.collectives import Network, Shape, fsdp_step, gathers, gram_flop, muon_exchange, muon_step
 from benchmarks.measure import Row
 from benchmarks.roofline import (
     H200_COPY,
@@ -32,9 +28,10 @@ from benchmarks.roofline import (
     prx_muon_shapes,
 )
 from prx_kernels.muon.owners import Layout
-from prx_model import PRXConfig, PRXTransformer
-from train.ranks.parallel import mesh_shape
-from train.recipes import Parallel, Recipe, prx_512, prx_1024
+from train.commandline import DryRun
+from train.recipes import Recipe, prx_512, prx_1024
+from train.run.collectives import Network, gram_flop, muon_exchange
+from train.run.hours import Assumptions, Expected, OneStep, expected, fullest_owner, numbers, rank_layout
 
 BUDGET_HOURS, BUDGET_DOLLARS = 24.0, 1500.0
 """What PRX Part 3 took on 32 H200 (docs/recipe.md, "The run")."""
@@ -71,47 +68,11 @@ class Speed:
         return self.newton_schulz[min(self.newton_schulz, key=lambda count: (abs(count - matrices), count))]
 
 
-@dataclass(frozen=True)
-class Assumptions:
-    """What is not measured here. All of it is printed with every projection."""
-
-    network: Network = field(default_factory=Network)
-    overlap: float = 0.9
-    """Share of FSDP2's communication that can run beside the computation, if there is enough of it."""
-    checkpoint_every: int = 1_000
-    host_copy: float = 20e9
-    """Bytes/s at which a GPU's part of a checkpoint is staged to the host; writing runs beside training."""
-    evaluation_every: int = 2_000
-    evaluation_seconds: float = 30.0
-    start_seconds: float = 300.0
-    """Loading, compiling and warming up, once a stage."""
-    dollars: float = 2.0
-    """A GPU-hour."""
-
-
 IDEAL = Assumptions(
     Network(nvlink=float("inf"), infiniband=float("inf"), nvlink_latency=0.0, infiniband_latency=0.0),
     overlap=1.0, host_copy=float("inf"), evaluation_seconds=0.0, start_seconds=0.0,
 )  # fmt: skip
 """A network, a disk and an evaluation that take no time: what is left is computation."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the recipe: where a step's seconds go, and the hours of all of them."""
-
-    name: str
-    steps: int
-    parts: dict[str, float]
-    """Seconds a step."""
-
-    @property
-    def seconds(self) -> float:
-        return sum(self.parts.values())
-
-    @property
-    def hours(self) -> float:
-        return self.steps * self.seconds / 3600
 
 
 def floors() -> Speed:
@@ -162,120 +123,49 @@ def _matrices(row: Row) -> int:
     return int(owned[1] or owned[2]) if owned else 0
 
 
-def project(speed: Speed, assumed: Assumptions) -> list[Stage]:
-    """Both stages of the recipe."""
-    recipes = (prx_512(), prx_1024())
-    return [
-        Stage(recipe.preset, recipe.train.steps, _parts(seconds, step, recipe, speed, assumed))
-        for seconds, step, recipe in zip(speed.seconds, (STAGE_1, STAGE_2), recipes, strict=True)
-    ]
+def project(speed: Speed | None, assumed: Assumptions) -> list[Expected]:
+    """Both stages of the recipe, with the counted steps where no speed is given: `train.run.hours.expected`."""
+    made = []
+    for number, (recipe, step) in enumerate(zip((prx_512(), prx_1024()), (STAGE_1, STAGE_2), strict=True)):
+        asked = DryRun(gpus=assumed.network.ranks, dollars_per_hour=assumed.dollars)
+        timed = None if speed is None else one_step(speed.seconds[number], step, recipe, speed, assumed)
+        work = step.parts()["denoiser, TREAD"] * step.gpus
+        made.append(expected(recipe, work, asked, model=assumed, step=timed))
+    return made
 
 
-def _parts(seconds: float, step: Step, recipe: Recipe, speed: Speed, assumed: Assumptions) -> dict[str, float]:
-    """Seconds of a step on this network."""
+def one_step(seconds: float, step: Step, recipe: Recipe, speed: Speed, assumed: Assumptions) -> OneStep:
+    """A step without collectives, from the time of forward, teachers and backward."""
     network = assumed.network
     layout = rank_layout(recipe.parallel, network)
     compute = seconds * (recipe.train.batch / network.ranks) / step.batch
-    exchange = fsdp_seconds(step, layout, recipe.parallel, network)
-    hidden = min(assumed.overlap * exchange, compute)
-    muon, buckets = muon_seconds(step, layout, network)
-    count, work = fullest_owner(step, layout)
+    count, work = fullest_owner(step.config, layout)
     owner = work / speed.orthogonalising(count).flop_per_second
-    return {
+    parts = {
         "forward, teachers, backward": compute,
-        "FSDP2, not hidden": exchange - hidden,
         "Newton-Schulz, fullest owner": owner,
-        "Muon's exchange, not hidden": max(muon - owner, muon / buckets),
-        "clipping, optimizer, EMA: passes": pass_bytes(step) / layout.shards / speed.copy,
-        "checkpoints": state_bytes(step) / layout.shards / assumed.host_copy / assumed.checkpoint_every,
-        "evaluation": assumed.evaluation_seconds / assumed.evaluation_every,
+        "clipping, optimizer: passes": pass_bytes(step) / layout.shards / speed.copy,
     }
-
-
-def rank_layout(settings: Parallel, network: Network, rank: int = 0) -> Layout:
-    """Where a rank stands in the mesh that train/ranks/parallel.py makes of these settings on this network."""
-    replicas, shards = mesh_shape(settings, network.ranks, network.gpus)
-    return Layout(shards=shards, shard=rank % shards, replicas=replicas, replica=rank // shards)
-
-
-def fsdp_seconds(step: Step, layout: Layout, settings: Parallel, network: Network) -> float:
-    """Seconds of FSDP2's collectives one after the other; every group of parameters has its own."""
-    blocks, root = _groups(step.config)
-    groups, reshard = [*blocks, root], settings.reshard_after_forward
-    volumes = fsdp_step(groups, layout, reshard=reshard)
-    shards, replicas = network.groups(layout)
-    calls = len(groups) * (gathers(reshard=reshard) + 1)
-    within = shards.ring(volumes.all_gather + volumes.reduce_scatter, calls)
-    return within + replicas.ring(volumes.replica_all_reduce, 2 * len(groups))
-
-
-def muon_seconds(step: Step, layout: Layout, network: Network) -> tuple[float, int]:
-    """Seconds of Muon's exchange, there, back and to the replicas, of the rank that waits longest; and its buckets.
-
-    The first bucket's way there and the last one's way back hide behind nothing.
-    """
-    shapes = prx_muon_shapes(step.config)
-    buckets = len(muon_exchange(shapes, layout).buckets)
-    shards, replicas = network.groups(layout)
-    longest = 0.0
-    for rank in range(layout.ranks):
-        here = replace(layout, shard=rank % layout.shards, replica=rank // layout.shards)
-        volumes = muon_step(shapes, here)
-        seconds = shards.all_to_all(volumes.all_to_all, 2 * buckets) + replicas.ring(
-            volumes.replica_all_gather, buckets
-        )
-        longest = max(longest, seconds)
-    return longest, buckets
-
-
-def fullest_owner(step: Step, layout: Layout) -> tuple[int, float]:
-    """Matrices that the owner with most work holds, and its operations."""
-    shapes = prx_muon_shapes(step.config)
-    held: list[list[float]] = [[] for _ in range(layout.ranks)]
-    for shape, owner in zip(shapes, muon_exchange(shapes, layout).owners, strict=True):
-        held[owner].append(gram_flop(shape))
-    fullest = max(held, key=sum)
-    return len(fullest), sum(fullest)
+    return OneStep(parts, f"step times from {speed.known}", owner, speed.copy)
 
 
 def pass_bytes(step: Step) -> float:
-    """Least bytes of a step's elementwise passes over all shards of one copy; EMA every tenth step.
+    """Least bytes of a step's elementwise passes over all shards of one copy, without averages.
 
     Clipping reads the gradients for their norm, then reads and writes them to scale them.
     """
-    muon, others = _numbers(step)
+    muon, others = numbers(step.config)
     optimizer = roofline.muon_step(prx_muon_shapes(step.config)).nbytes + adamw_step(others).nbytes
-    return optimizer + (12.0 + 1.2) * (muon + others)
+    return optimizer + 12.0 * (muon + others)
 
 
-def state_bytes(step: Step) -> float:
-    """A checkpoint in float32: weights, averages, Muon's momentum, AdamW's two moments."""
-    muon, others = _numbers(step)
-    return 4.0 * (3 * muon + 4 * others)
-
-
-@cache
-def _groups(config: PRXConfig) -> tuple[list[list[Shape]], list[Shape]]:
-    """FSDP2's groups: shapes of the parameters of every block, and of all others."""
-    with torch.device("meta"):
-        return replay.groups(PRXTransformer(config))
-
-
-def _numbers(step: Step) -> tuple[int, int]:
-    """Numbers that Muon updates, and all others of the denoiser."""
-    blocks, root = _groups(step.config)
-    total = sum(math.prod(shape) for shapes in (*blocks, root) for shape in shapes)
-    muon = sum(rows * columns for rows, columns in prx_muon_shapes(step.config))
-    return muon, total - muon
-
-
-def lines(speed: Speed, assumed: Assumptions) -> list[str]:
-    """The projection and all that it rests on."""
+def lines(speed: Speed | None, assumed: Assumptions) -> list[str]:
+    """The line of each stage, where its step's seconds go, and all that it rests on."""
     network, stages = assumed.network, project(speed, assumed)
-    hours = sum(stage.hours for stage in stages) + len(stages) * assumed.start_seconds / 3600
-    dollars = hours * network.ranks * assumed.dollars
-    out = [f"PRX Part 3's recipe on {network.nodes} x {network.gpus} GPUs, step times from {speed.known}", ""]
-    out.append(f"{'milliseconds a step':<34}" + "".join(f"{stage.name:>12}" for stage in stages))
+    hours, dollars = (sum(values) for values in zip(*((stage.hours, stage.dollars) for stage in stages), strict=True))
+    out = [f"PRX Part 3's recipe on {network.nodes} x {network.gpus} GPUs"]
+    out += [*(f"{stage.preset}: {stage.line()}" for stage in stages), ""]
+    out.append(f"{'milliseconds a step':<34}" + "".join(f"{stage.preset:>12}" for stage in stages))
     for part in stages[0].parts:
         out.append(f"{part:<34}" + "".join(f"{stage.parts[part] * 1e3:>12.2f}" for stage in stages))
     out.append(f"{'sum':<34}" + "".join(f"{stage.seconds * 1e3:>12.2f}" for stage in stages))
@@ -286,17 +176,16 @@ def lines(speed: Speed, assumed: Assumptions) -> list[str]:
     return [*out, "", "assumed:", *(f"- {line}" for line in assumptions(speed, assumed))]
 
 
-def assumptions(speed: Speed, assumed: Assumptions) -> list[str]:
+def assumptions(speed: Speed | None, assumed: Assumptions) -> list[str]:
     """Every assumption, as a sentence."""
     n, settings = assumed.network, prx_512().parallel
     layout = rank_layout(settings, n)
-    count, _ = fullest_owner(STAGE_1, layout)
-    rate, buckets = speed.orthogonalising(count), len(muon_exchange(prx_muon_shapes(), layout).buckets)
+    count, _ = fullest_owner(STAGE_1.config, layout)
+    buckets = len(muon_exchange(prx_muon_shapes(), layout).buckets)
     again = "and again for backward" if settings.reshard_after_forward else "and kept until backward"
+    own = [] if speed is None else _of_speed(speed, count)
     return [
-        f"forward, teachers and backward at 32 and 16 pictures a GPU take {speed.seconds[0] * 1e3:.1f} and "
-        f"{speed.seconds[1] * 1e3:.1f} ms ({speed.known}); other numbers of GPUs share the recipe's batch, at the "
-        "same time a picture",
+        *own,
         f"{described(layout)}, as train/ranks/parallel.py lays the presets out on {n.nodes} x {n.gpus} GPUs; the "
         "denoiser's alone: REPA's projector, 0.3% of it, is left out",
         f"bf16 weights are gathered among the shards once for forward {again}; float32 gradients are reduce-scattered "
@@ -304,10 +193,6 @@ def assumptions(speed: Speed, assumed: Assumptions) -> list[str]:
         f"{assumed.overlap:.0%} of it can hide behind computation",
         "Muon's matrices have their owners among all GPUs: bf16 rows go to owners in their own replica, updates come "
         f"back and are gathered over replicas, if there are any, in {buckets} buckets beside Newton-Schulz",
-        f"Newton-Schulz runs at {rate.flop_per_second / 1e12:.0f} TFLOP/s ({rate.known}); the fullest owner, with "
-        f"{count} of the matrices, is waited for, and is taken to work on them together",
-        "every GPU passes over its shard of gradients, weights, state and averages with the least bytes, at "
-        f"{speed.copy / 1e12:.2f} TB/s ({speed.copy_known})",
         f"a GPU receives {n.nvlink / 1e9:.0f} GB/s from its node and {n.infiniband / 1e9:.0f} GB/s from others, with "
         f"{n.nvlink_latency * 1e6:.0f} and {n.infiniband_latency * 1e6:.0f} us a hop; within a node and along a rail "
         "a collective is a ring",
@@ -317,6 +202,20 @@ def assumptions(speed: Speed, assumed: Assumptions) -> list[str]:
         f"each stage starts in {assumed.start_seconds:g} s; nothing fails, and no step waits for data",
         "captions are embedded beforehand; the cost of that is not counted",
         f"${assumed.dollars:g} a GPU-hour",
+    ]
+
+
+def _of_speed(speed: Speed, count: int) -> list[str]:
+    """What a step without its optimizer needs besides."""
+    rate = speed.orthogonalising(count)
+    return [
+        f"forward, teachers and backward at 32 and 16 pictures a GPU take {speed.seconds[0] * 1e3:.1f} and "
+        f"{speed.seconds[1] * 1e3:.1f} ms ({speed.known}); other numbers of GPUs share the recipe's batch, at the "
+        "same time a picture",
+        f"Newton-Schulz runs at {rate.flop_per_second / 1e12:.0f} TFLOP/s ({rate.known}); the fullest owner, with "
+        f"{count} of the matrices, is waited for, and is taken to work on them together",
+        "every GPU passes over its shard of gradients, weights, state and averages with the least bytes, at "
+        f"{speed.copy / 1e12:.2f} TB/s ({speed.copy_known})",
     ]
 
 
@@ -381,12 +280,18 @@ def main() -> None:
         evaluation_seconds=asked.evaluation_seconds,
     )  # fmt: skip
     try:
-        speed = measured(asked.results) if asked.results else floors()
+        speed = measured(asked.results) if asked.results else None
     except ValueError as error:
         parser.error(str(error))
     if asked.ms:
-        speed = replace(speed, seconds=(asked.ms[0] / 1e3, asked.ms[1] / 1e3), known="the command line")
-    print(*roofline.lines(), "", *lines(speed, assumed), sep="\n")
+        speed = replace(floors(), seconds=(asked.ms[0] / 1e3, asked.ms[1] / 1e3), known="the command line")
+    print(
+        *roofline.lines(),
+        "(floors: nothing can be faster, and nothing will be as fast)",
+        "",
+        *lines(speed, assumed),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ import torch
 import torch._dynamo  # what sharding loads late: once, before ranks are forked
 import torch.distributed as dist
 import torch.distributed.fsdp  # noqa: F401  (the same)
-from torch import nn
 from torch.multiprocessing.spawn import start_processes
 
-from benchmarks.collectives import Moved, Shape, Volumes, agreements, fsdp_step, muon_step
+from benchmarks.collectives import Moved
 from prx_kernels import Muon
 from prx_kernels.muon.owners import Layout
 from prx_model import PRXConfig, PRXTransformer
 from train.learner.optimizers import named_parameters, split
 from train.ranks import parallel
 from train.recipes import Compile, Parallel, Recipe, prx_512
+from train.run.collectives import Volumes, agreements, fsdp_step, groups, muon_step
 
 CONFIG = PRXConfig(
     patch_size=8, context_in_dim=18, hidden_size=36, num_heads=3, mlp_ratio=2.5, depth=3, axes_dim=(6, 6),
@@ -89,13 +89,6 @@ def expected(case: Case, rank: int) -> Volumes:
     layout = case.layout(rank)
     fsdp = fsdp_step([*blocks, root], layout, reshard=case.reshard)
     return fsdp + muon_step(matrices, layout) + agreements(layout)
-
-
-def groups(model: nn.Module) -> tuple[list[list[Shape]], list[Shape]]:
-    """Shapes of the parameters of every block, and of those outside of blocks: FSDP2's groups."""
-    blocks = [[tuple(p.shape) for p in block.parameters()] for block in model.get_submodule("blocks").children()]
-    root = [tuple(p.shape) for name, p in model.named_parameters() if not name.startswith("blocks.")]
-    return blocks, root
 
 
 def moved(case: Case) -> list[dict[str, float]]:

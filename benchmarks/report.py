@@ -19,8 +19,8 @@ from benchmarks import project, summary
 from benchmarks.figures import draw
 from benchmarks.machine import ROOT, Ceilings
 from benchmarks.measure import CPU_NOTE, Row
-from benchmarks.project import Assumptions
 from benchmarks.summary import duration, mfu
+from train.run.hours import Assumptions
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks.report: begin -->", "<!-- benchmarks.report: end -->"

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from train.commandline import parse
+from train.commandline import DryRun, parse
 from train.errors import UserError
+from train.recipes import prx_512, prx_1024
+from train.run.plan import project
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -133,6 +135,13 @@ def test_every_page_and_heading_that_the_code_cites_exists() -> None:
 
 def test_the_readme_stays_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_hours_of_the_readme_are_those_of_the_function() -> None:
+    stages = [project(recipe, DryRun()).expected for recipe in (prx_512(), prx_1024())]
+    whole, dollars = sum(stage.hours for stage in stages), sum(stage.dollars for stage in stages)
+    sentence = f"for the whole recipe on 32 H200: {whole:.2f} h and ${dollars:,.0f} at $2 a GPU-hour."
+    assert sentence in (ROOT / "README.md").read_text()
 
 
 def test_the_snippet_of_the_readme_routes_and_trains_a_model() -> None:

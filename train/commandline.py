@@ -28,7 +28,8 @@ class DryRun:
 
     enabled: bool = False
     gpus: Annotated[int, Range(1, 10_000_000)] = 32
-    mfu: Annotated[float, Range(0, 1, above=True)] = 0.25
+    mfu: Annotated[float | None, Range(0, 1, above=True)] = None
+    """Assumed in the place of a counted step; where there is none, 0.25 unless given."""
     peak_tflops: Annotated[float, Range(0, 1_000_000, above=True)] = 989.0
     dollars_per_hour: Annotated[float, Range(0, 1_000_000, above=True)] = 2.0
 
@@ -56,7 +57,7 @@ def parse(arguments: Sequence[str]) -> Command:
         preset = words.pop(0)
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; there are {', '.join(PRESETS)}")
-    words, dry_run = _take_dry_run(_spell_profile(words))
+    words, dry_run = _take_dry_run(_spell_profile(words), 32 if preset.startswith("prx-") else 1)
     force = "--force" in words
     words = [word for word in words if word != "--force"]
     recipe = PRESETS[preset]()
@@ -206,8 +207,8 @@ def _check_names(words: list[str], recipe: Recipe | TwoStages) -> None:
             raise UserError(f"unknown field --{word[2:]}{close}; --help lists all fields")
 
 
-def _take_dry_run(words: list[str]) -> tuple[list[str], DryRun]:
-    """Take `--dry-run` and its numbers out of the words."""
+def _take_dry_run(words: list[str], gpus: int) -> tuple[list[str], DryRun]:
+    """Take `--dry-run` and its numbers out of the words; so many GPUs unless it says how many."""
     rest: list[str] = []
     found: dict[str, Any] = {}
     kinds = {"gpus": int, "mfu": float, "peak_tflops": float, "dollars_per_hour": float}
@@ -232,7 +233,7 @@ def _take_dry_run(words: list[str]) -> tuple[list[str], DryRun]:
         position += 1
     if found and "enabled" not in found:
         raise UserError(f"--{next(iter(found)).replace('_', '-')} goes with --dry-run")
-    return rest, DryRun(**found)
+    return rest, DryRun(**({"gpus": gpus} | found))
 
 
 def _print_presets() -> None:
@@ -245,6 +246,6 @@ def _print_presets() -> None:
     )
     print("  train/ablate.py compares such variants")
     print("\n--dry-run prints the resolved recipe, sizes, memory, FLOP and the projected hours and dollars;")
-    print("  with --gpus 32 --mfu 0.25 --peak-tflops 989 --dollars-per-hour 2")
+    print("  with --gpus 32 --peak-tflops 989 --dollars-per-hour 2; --mfu 0.25 assumes one, whatever is counted")
     print("\n--force goes on with a run whose settings or data have changed, with a warning\n")
     sys.stdout.flush()

@@ -3,7 +3,8 @@
     python train/doctor.py prx-512 --data.path FOLDER [--gpus 32] [--sample 500 | --all] [--json]
 
 Takes the words that speedrun.py takes, and those of its --dry-run. Needs no GPU, no network and no weights. Leaves with
-exit code 1 where training would stop or lose data, 0 where nothing was found.
+exit code 1 where training would stop or lose data, 0 where nothing was found, and 2 with a sentence for a mistake in
+the command or data that cannot be opened, as every program here.
 """
 
 import hashlib
@@ -35,6 +36,10 @@ _CAPTIONS = 200_000
 _PERCENTILES = (50, 90, 99, 100)
 _LONG_OPENING = 30.0
 """Seconds of opening data above which keeping what was read is worth a note: each rank opens them at each start."""
+_MANY_EPOCHS = 100
+"""Times that a picture is seen above which that is worth a note."""
+_ENLARGED = 1.05
+"""Times a picture's side grows above which it counts as enlarged; to a hair larger none is blurred."""
 _LARGE_GROUP = 64 << 20
 """Bytes of a parquet row group above which random access is worth a warning."""
 
@@ -134,6 +139,11 @@ def examine(recipe: Recipe, assumed: DryRun, options: Options) -> Findings:
     found.wrong += dataset.index.problems
     if validation is None:
         found.advice.append("there is no validation split: no held-out loss and no distances will be measured")
+    if found.values["epochs"] > _MANY_EPOCHS:
+        found.advice.append(
+            f"each picture would be seen {found.values['epochs']:,.0f} times, and the model may learn them by heart: "
+            "give more data, or fewer --train.steps"
+        )
     counts = bucket_counts(dataset)
     try:
         merged = [note for note in notes(dataset, recipe.train.batch) if note not in dataset.index.problems]
@@ -222,6 +232,7 @@ def _pictures(found: Findings, dataset: "ImageDataset", recipe: Recipe, sample: 
     rows = range(len(dataset)) if sample is None else sorted(draw_order(0, len(dataset), 0)[:count].tolist())
     bad: list[str] = []
     seen: dict[bytes, int] = {}
+    growth: list[float] = []
     seconds = 0.0
     for row in rows:
         began = time.process_time()
@@ -231,6 +242,8 @@ def _pictures(found: Findings, dataset: "ImageDataset", recipe: Recipe, sample: 
             seen[digest] = seen.get(digest, 0) + 1
         except BadSample as error:
             bad.append(str(error).removeprefix(f"{dataset.index.path}: "))
+        else:
+            growth.append(_growth(dataset, row))
         seconds += time.process_time() - began
     low, high = wilson(len(bad), count) if count < len(dataset) else (len(bad) / count, len(bad) / count)
     found.values["pictures"] = {
@@ -241,6 +254,16 @@ def _pictures(found: Findings, dataset: "ImageDataset", recipe: Recipe, sample: 
         "the_same_pixels_again": sum(n - 1 for n in seen.values()),
         "decoded_a_second_and_core": round(count / max(seconds, 1e-9), 1),
     }
+    larger = sorted(times for times in growth if times > _ENLARGED)
+    found.values["pictures"]["enlarged_share"] = round(len(larger) / max(len(growth), 1), 4)
+    if larger:
+        median = larger[len(larger) // 2]
+        found.values["pictures"]["enlarged_times"] = round(median, 2)
+        found.advice.append(
+            f"{len(larger) / len(growth):.1%} of the pictures are smaller than they are trained at, and are enlarged: "
+            f"half of those {median:.1f} times a side or more, the smallest {larger[-1]:.1f} times; give larger ones, "
+            "or a smaller --data.height and --data.width"
+        )
     if low > recipe.data.bad_limit:
         found.wrong.append(
             f"{len(bad)} of {count} pictures cannot be read ({low:.2%} to {high:.2%} of all), more than data.bad_limit "
@@ -250,6 +273,18 @@ def _pictures(found: Findings, dataset: "ImageDataset", recipe: Recipe, sample: 
         found.advice.append(
             f"{len(bad)} of {count} pictures cannot be read ({low:.2%} to {high:.2%} of all); the first: {bad[0]}"
         )
+
+
+def _growth(dataset: "ImageDataset", row: int) -> float:
+    """How many times longer a readable picture's sides become; of a stretched one by the areas."""
+    from train.data.sizes import size_of_file, upright_size
+
+    image = dataset.index.row(row).image
+    high, wide = size_of_file(image) if isinstance(image, Path) else upright_size(lambda count: image[:count])
+    height, width = dataset.size_of(row)
+    if not high or not wide:
+        return 1.0  # a header that cannot be told
+    return math.sqrt(height * width / (high * wide)) if dataset.fit == "stretch" else max(height / high, width / wide)
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
@@ -289,10 +324,11 @@ def _costs(
     """Time, money, memory and disk of a stage on the assumed GPUs."""
     from train.data.text_cache import MEAN_TOKENS, cache_bytes
     from train.learner.build import check_ranks
-    from train.run.plan import project, time_line
+    from train.run.plan import peak_memory, project
 
     cost = project(recipe, assumed, counts)
     share = cost.state_bytes / cost.shards
+    peak, peak_known = peak_memory(recipe, assumed, cost)
     try:
         check_ranks(recipe, assumed.gpus)
     except UserError as error:
@@ -300,19 +336,21 @@ def _costs(
     found.values["cost"] = {
         "gpus": assumed.gpus,
         "image_tokens": round(cost.tokens, 1),
-        "step_seconds": cost.step_seconds,
-        "hours": cost.hours,
-        "dollars": cost.dollars,
-        "summary": time_line(recipe, assumed, cost),
+        "step_seconds": cost.expected.seconds,
+        "hours": cost.expected.hours,
+        "dollars": cost.expected.dollars,
+        "summary": cost.expected.line(),
         "state_bytes_a_gpu_sharded": share,
         "shards": cost.shards,
         "state_bytes_a_gpu_whole": cost.state_bytes,
         "activation_bytes_a_gpu": cost.activation_bytes,
+        "peak_bytes_a_gpu": peak,
+        "peak_known": peak_known,
         # One more than are kept exists while a new one is written.
         "checkpoint_bytes_on_disk": cost.checkpoint_bytes * (recipe.checkpoint.keep + 1),
     }
     if "decoded_a_second_and_core" in (pictures := found.values.get("pictures", {})):
-        needed = recipe.train.batch / cost.step_seconds / pictures["decoded_a_second_and_core"]
+        needed = recipe.train.batch / cost.expected.seconds / pictures["decoded_a_second_and_core"]
         found.values["cost"]["cores_for_decoding"] = round(needed, 1)
         found.values["cost"]["cores_for_decoding_a_gpu"] = round(needed / assumed.gpus, 2)
     if recipe.text.kind == "t5gemma" and "captions" in found.values:
@@ -385,6 +423,7 @@ def _lines(found: Findings) -> Iterator[str]:
         f"sharded over {cost['shards']} ({in_units(cost['state_bytes_a_gpu_whole'])} whole), "
         f"activations about {in_units(cost['activation_bytes_a_gpu'])}"
     )
+    yield f"  at the peak {in_units(cost['peak_bytes_a_gpu'])} a GPU, {cost['peak_known']}"
     cache = f", text cache {in_units(cost['text_cache_bytes'])}" if "text_cache_bytes" in cost else ""
     yield f"  disk: checkpoints {in_units(cost['checkpoint_bytes_on_disk'])}{cache}"
     yield from (f"  note: {sentence}" for sentence in found.advice)

@@ -14,14 +14,18 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import project, replay, roofline
-from benchmarks.collectives import Moved, Network, Volumes, fsdp_step, muon_exchange, muon_step, sharded
+from benchmarks.collectives import Moved
 from benchmarks.flop_table import RECIPE
-from benchmarks.project import IDEAL, Assumptions, Rate, Speed, floors
+from benchmarks.project import IDEAL, Rate, Speed, floors
 from benchmarks.replay import Case
 from benchmarks.roofline import H200_MATMUL, STAGE_1, STAGE_2, newton_schulz, owner_sample, prx_muon_shapes
 from prx_kernels.muon.owners import Layout
 from tests.benchmarks import result_files
+from tests.train.commands import run_program
 from train.recipes import Parallel, prx_512, prx_1024
+from train.run import hours
+from train.run.collectives import Network, Volumes, fsdp_step, gram_flop, muon_exchange, muon_step, sharded
+from train.run.hours import Assumptions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,7 +105,7 @@ def test_presets_are_laid_out_as_the_trainer_does() -> None:
     for recipe in (prx_512(), prx_1024()):
         assert recipe.parallel == Parallel()
         found = {
-            (nodes, gpus): project.rank_layout(recipe.parallel, Network(nodes, gpus), nodes * gpus - 1)
+            (nodes, gpus): hours.rank_layout(recipe.parallel, Network(nodes, gpus), nodes * gpus - 1)
             for nodes, gpus in ((4, 8), (1, 8), (3, 5), (4, 1), (1, 1))
         }
         assert found[4, 8] == Layout(shards=8, shard=7, replicas=4, replica=3)
@@ -172,21 +176,21 @@ def test_seconds_of_the_presets_are_those_of_their_volumes() -> None:
     """PRX on 4 x 8 GPUs: bytes alone by the layout's own arithmetic, each over the link that it travels by."""
     network = Network(nvlink_latency=0.0, infiniband_latency=0.0)
     settings = prx_512().parallel
-    layout = project.rank_layout(settings, network)
+    layout = hours.rank_layout(settings, network)
     numbers = 1.177e9
     within, across = (2 + 4) * numbers * 7 / 8 / network.nvlink, 2 * 3 / 4 * 4 * numbers / 8 / network.infiniband
-    assert project.fsdp_seconds(STAGE_1, layout, settings, network) == pytest.approx(within + across, rel=1e-3)
-    resharded = project.fsdp_seconds(STAGE_1, layout, replace(settings, reshard_after_forward=True), network)
+    assert hours.fsdp_seconds(STAGE_1.config, layout, settings, network) == pytest.approx(within + across, rel=1e-3)
+    resharded = hours.fsdp_seconds(STAGE_1.config, layout, replace(settings, reshard_after_forward=True), network)
     assert resharded == pytest.approx(within * 8 / 6 + across, rel=1e-3)
     latency = replace(network, nvlink_latency=1.0, infiniband_latency=100.0)
     # 17 groups, each gathered and scattered in 7 hops, and all-reduced in 2 x 3.
-    hops = project.fsdp_seconds(STAGE_1, layout, settings, latency)
+    hops = hours.fsdp_seconds(STAGE_1.config, layout, settings, latency)
     assert hops == pytest.approx(17 * (2 * 7 * 1.0 + 6 * 100.0), rel=1e-3)
     # Shards of one copy, not of all GPUs, are what a GPU passes over and stages.
     speed = replace(floors(), copy=1.0)
     parts = project.project(speed, replace(Assumptions(), network=network))[0].parts
-    assert parts["clipping, optimizer, EMA: passes"] == pytest.approx(project.pass_bytes(STAGE_1) / 8)
-    staged = project.state_bytes(STAGE_1) / 8 / 20e9 / 1000
+    assert parts["clipping, optimizer: passes"] == pytest.approx(project.pass_bytes(STAGE_1) / 8)
+    staged = hours.state_bytes(STAGE_1.config) / 8 / 20e9 / 1000
     assert parts["checkpoints"] == pytest.approx(staged)
 
 
@@ -244,7 +248,7 @@ def test_measured_steps_are_read_from_result_files(tmp_path: Path) -> None:
     assert speed.seconds == (0.08, 0.12)
     assert speed.known == "measured: h200.json"
     assert speed.copy == 4e12
-    work = sum(project.gram_flop(shape) for shape in prx_muon_shapes())
+    work = sum(gram_flop(shape) for shape in prx_muon_shapes())
     assert speed.newton_schulz.keys() == {112}
     assert speed.newton_schulz[112].flop_per_second == pytest.approx(work / 36e-3)
     assert "TFLOP/s (measured of all 112 of PRX in h200.json); the fullest owner, with 4" in _printed(speed)
@@ -270,12 +274,12 @@ def test_an_owner_s_matrices_run_at_the_rate_of_the_nearest_number_measured(tmp_
     wrong = [replace(row, case="an owner's 4", seconds=1.0) for row in others]
     speed = project.measured([result_files.write(tmp_path / "h200.json", [*result_files.rows(), *owned, *wrong])])
     assert speed.newton_schulz.keys() == {3, 6, 112}
-    work = sum(project.gram_flop(shape) for shape in owner_sample(prx_muon_shapes(), 3))
+    work = sum(gram_flop(shape) for shape in owner_sample(prx_muon_shapes(), 3))
     assert speed.orthogonalising(4) == Rate(pytest.approx(work / 3e-3), "measured of an owner's 3 in h200.json")
     assert [speed.orthogonalising(count) for count in (5, 112)] == [speed.newton_schulz[6], speed.newton_schulz[112]]
     assert "(measured of an owner's 3 in h200.json); the fullest owner, with 4" in _printed(speed)
-    layout = project.rank_layout(prx_512().parallel, Network())
-    count, operations = project.fullest_owner(STAGE_1, layout)
+    layout = hours.rank_layout(prx_512().parallel, Network())
+    count, operations = hours.fullest_owner(STAGE_1.config, layout)
     assert count == 4
     part = project.project(speed, Assumptions())[0].parts["Newton-Schulz, fullest owner"]
     assert part == pytest.approx(operations / work * 3e-3)
@@ -287,8 +291,8 @@ def test_owners_samples_are_those_of_the_benchmark() -> None:
     assert LISTS["an owner's 3"] == owner_sample(PRX, 3)
     full = owner_sample(prx_muon_shapes(), 112)
     assert sorted(full) == sorted(prx_muon_shapes())
-    assert [project.gram_flop(shape) for shape in owner_sample(full, 4)] == sorted(
-        (project.gram_flop(shape) for shape in owner_sample(full, 4)), reverse=True
+    assert [gram_flop(shape) for shape in owner_sample(full, 4)] == sorted(
+        (gram_flop(shape) for shape in owner_sample(full, 4)), reverse=True
     )
 
 
@@ -302,3 +306,17 @@ def test_the_command_prints_the_floors_first() -> None:
 
 def _printed(speed: Speed) -> str:
     return "\n".join(project.lines(speed, Assumptions()))
+
+
+def test_the_command_prints_the_line_of_the_dry_run_and_its_parts() -> None:
+    """One number: the longer table's sum is the line's, and the line is what speedrun.py --dry-run prints."""
+    dry_run = run_program("speedrun", "prx-24h", "--dry-run").stdout
+    stages = project.project(None, Assumptions())
+    for stage in stages:
+        assert stage.line() in dry_run
+        assert stage.line() in "\n".join(project.lines(None, Assumptions()))
+        assert stage.seconds == sum(stage.parts.values())
+        assert "counted step" in stage.stands_on
+    whole = sum(stage.hours for stage in stages)
+    assert f"both stages: {whole:.2f} h, ${whole * 64:,.0f}" in dry_run
+    assert f"in all {whole:.2f} h and ${whole * 64:,.0f}" in "\n".join(project.lines(None, Assumptions()))

@@ -10,6 +10,7 @@ import pytest
 from train.commandline import DryRun
 from train.doctor import Findings, Options, examine, render, take_options, wilson
 from train.recipes import Recipe, prx_512
+from train.run.hours import budget
 from train.run.plan import flop_per_image, project
 
 from .commands import run_program
@@ -132,3 +133,40 @@ def test_the_program_leaves_with_a_sentence_where_there_is_nothing(tmp_path: Pat
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is nothing at ")
     assert "Traceback" not in done.stderr
+
+
+def test_the_program_tells_of_enlarged_pictures_and_many_epochs(tmp_path: Path) -> None:
+    """128 px pictures for 512 px, seen thousands of times; none where they are as large as they are trained at."""
+    sizes = [(128, 128)] * 9 + [(512, 512)] * 3
+    write_parquet(tmp_path / "train.parquet", 12, image=[plain(n, size) for n, size in enumerate(sizes)])
+    done = run_program("doctor", "prx-512", "--data.path", str(tmp_path), "--train.batch", "4", "--gpus", "4", "--all")
+    assert done.returncode == 0, done.stderr
+    assert "75.0% of the pictures are smaller than they are trained at" in done.stdout
+    assert "half of those 4.0 times a side or more, the smallest 4.0 times" in done.stdout
+    assert "each picture would be seen 33,333 times" in done.stdout
+    words = ["--data.height", "128", "--data.width", "128", "--train.steps", "30", "--train.batch", "4", "--all"]
+    done = run_program("doctor", "prx-512", "--data.path", str(tmp_path), *words, "--gpus", "4")
+    assert done.returncode == 0, done.stderr
+    assert "enlarged" not in done.stdout
+    assert "would be seen" not in done.stdout
+
+
+def test_the_program_tells_memory_by_the_layout(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", 1024, image=[plain(n % 2, (64, 64)) for n in range(1024)])
+    words = ["prx-512", "--data.path", str(tmp_path), "--sample", "2"]
+    told = run_program("doctor", *words).stdout
+    assert "2.4 GB of weights, gradients, optimizer and EMA sharded over 8 (18.9 GB whole)" in told
+    assert f"at the peak {budget('prx-512', 32)['peak GB']:.1f} GB a GPU, counted" in told
+    told = run_program("doctor", *words, "--parallel.shard", "32").stdout
+    whole = project(prx_512(), DryRun()).state_bytes
+    assert f"{whole / 32 / 1e6:.1f} MB of weights, gradients, optimizer and EMA sharded over 32" in told
+    assert "estimated: states, bf16 weights and activations, without teachers, NCCL's buffers" in told
+
+
+def test_the_program_assumes_one_gpu_for_a_toy_and_tells_what_its_codes_mean() -> None:
+    done = run_program("doctor", "shapes")
+    assert done.returncode == 0, done.stderr
+    assert "steps on 1 GPU: " in done.stdout
+    assert "2 with a sentence for a mistake" in " ".join(run_program("doctor", "--help").stdout.split())
+    done = run_program("doctor", "shapes", "--gpus", "many")
+    assert (done.returncode, done.stderr) == (2, "error: --gpus takes a number, got 'many'\n")

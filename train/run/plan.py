@@ -20,13 +20,12 @@ from train.errors import UserError
 from train.learner.build import check, check_ranks, on_paper
 from train.learner.optimizers import Named, named_parameters, split
 from train.ranks.parallel import mesh_shape
-from train.recipes import Recipe, TwoStages
+from train.recipes import PRESETS, Recipe, TwoStages
+from train.run.hours import Expected, budget, expected, network_of, same_step
 from train.shown import settings, tell
 
 _PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0, "4090": 165.0}
 """Dense bf16 rate on the data sheet, TFLOP/s, by a part of the device's name."""
-
-_GPUS_A_NODE = 8
 
 RECIPE_CAPTIONS = 8_700_000
 """flux_generated 1.7 M, FLUX-Reason-6M and midjourney-v6-llava 1 M, one caption each (docs/recipe.md, "Data")."""
@@ -79,9 +78,8 @@ class Projection:
     """Denoiser, a step forward and backward."""
     dense_flop: float
     newton_schulz_flop: float
-    step_seconds: float
-    hours: float
-    dollars: float
+    expected: Expected
+    """Time and money."""
 
 
 def project(recipe: Recipe, assumed: DryRun, buckets: Mapping[Size, int] | None = None) -> Projection:
@@ -103,24 +101,34 @@ def project(recipe: Recipe, assumed: DryRun, buckets: Mapping[Size, int] | None 
     most = max((recipe.model.tokens(*size) for size, n in (buckets or {}).items() if n), default=round(tokens))
     routed = batch * _mean(recipe, buckets, lambda n: training_flop(recipe.model, n, length, recipe.routing))
     dense = batch * _mean(recipe, buckets, lambda n: training_flop(recipe.model, n, length))
-    seconds = routed / (assumed.gpus * assumed.peak_tflops * 1e12 * assumed.mfu)
-    hours = seconds * recipe.train.steps / 3600
     state, activations = _memory(recipe, parameters, len(muon) > 0, most, assumed.gpus)
     return Projection(
         tokens=tokens,
         state_bytes=state,
-        shards=mesh_shape(
-            recipe.parallel, assumed.gpus, _GPUS_A_NODE if assumed.gpus % _GPUS_A_NODE == 0 else assumed.gpus
-        )[1],
+        shards=mesh_shape(recipe.parallel, assumed.gpus, network_of(assumed.gpus).gpus)[1],
         activation_bytes=activations,
         checkpoint_bytes=state - 4.0 * sum(p.numel() for _, p in parameters),  # no gradients
         routed_flop=routed,
         dense_flop=dense,
         newton_schulz_flop=sum(newton_schulz_flop(p.shape[0], p.shape[1], recipe.muon.ns_steps) for _, p in muon),
-        step_seconds=seconds,
-        hours=hours,
-        dollars=hours * assumed.gpus * assumed.dollars_per_hour,
+        expected=expected(recipe, routed, assumed),
     )
+
+
+def peak_memory(recipe: Recipe, assumed: DryRun, cost: Projection) -> tuple[float, str]:
+    """Bytes of one GPU at the peak of a step, and how that is known: counted of the preset as it is, else estimated."""
+    usual, counted = PRESETS[recipe.preset](), budget(recipe.preset, assumed.gpus)
+    same = same_step(recipe)
+    if isinstance(usual, Recipe):
+        same = same and replace(recipe.parallel, timeout=1.0) == replace(usual.parallel, timeout=1.0)
+    if same and counted.get("pictures") == recipe.train.batch / assumed.gpus:
+        return counted[
+            "peak GB"
+        ] * 1e9, "counted (benchmarks/budgets/); without NCCL's buffers and gaps of the allocator"
+    weights = cost.state_bytes - cost.checkpoint_bytes  # float32 gradients, as many numbers
+    working = 0.0 if recipe.train.precision == "fp32" else weights / 2
+    said = "estimated: states, bf16 weights and activations, without teachers, NCCL's buffers and gaps of the allocator"
+    return cost.state_bytes / cost.shards + working + cost.activation_bytes, said
 
 
 def print_plan(recipe: Recipe | TwoStages, assumed: DryRun) -> None:
@@ -173,25 +181,10 @@ def _print_stage(recipe: Recipe, assumed: DryRun) -> float:
     except UserError as error:
         tell(f"  note: the run would refuse to start on {assumed.gpus} GPUs: {error}")
     print(f"  Newton-Schulz: {cost.newton_schulz_flop / 1e12:.4g} TFLOP a step")
-    print(f"  {time_line(recipe, assumed, cost)}")
+    print(f"  {cost.expected.line()}")
     if recipe.text.kind == "t5gemma":
         print(f"  {text_cache_line(recipe)}")
-    return cost.hours
-
-
-def time_line(recipe: Recipe, assumed: DryRun, cost: Projection) -> str:
-    """Steps, seconds, hours and dollars, and what they assume."""
-    tiny = "; a step this short is bound by its launches, and takes milliseconds" if cost.step_seconds < 5e-3 else ""
-    return (
-        f"{recipe.train.steps:,} steps on {assumed.gpus} GPUs at {assumed.mfu:.0%} denoiser MFU of "
-        f"{assumed.peak_tflops:g} TFLOP/s: {milliseconds(cost.step_seconds)} ms a step, {cost.hours:.2f} h, "
-        f"${cost.dollars:,.0f} at ${assumed.dollars_per_hour:g} a GPU-hour{tiny}"
-    )
-
-
-def milliseconds(seconds: float) -> str:
-    """One decimal, or two digits of what is shorter than a millisecond."""
-    return f"{seconds * 1e3:.1f}" if seconds >= 1e-3 else f"{seconds * 1e3:.2g}"
+    return cost.expected.hours
 
 
 def text_cache_line(recipe: Recipe) -> str:
