@@ -60,6 +60,7 @@ def verify(route: Passage, run: Callable[[], Tensor]) -> str:
                 raise RuntimeError("run() did not call the routed blocks")
             apart = _apart(dense, routed)
             if apart <= _tolerance(dense) and not _hidden(route, run, dense, apart):
+                _run_half(route, run)
                 return _sentence(route, dense, routed, apart)
         raise ValueError(_diagnosis(route, run, dense, error, 0.0 if error else apart)) from error
 
@@ -97,7 +98,8 @@ def _diagnosis(
     for tables, shared, trial in _trials(route, run, dense):
         if trial <= limit:
             kinds = [f"{s.name!r}" for s in dense.found if s.name in tables]
-            whole = written(tables, shared or route.shared)
+            harmless = {s.name: None for s in dense.found if s.certain and not s.more and s.name not in tables}
+            whole = written(tables | harmless, shared or route.shared)
             return f"{said}. Entries of tokens are in {', '.join(dict.fromkeys(kinds))}. Write (tried): {whole}"
     if dense.found:
         return (
@@ -120,6 +122,8 @@ def _trials(
         with _named(route, tables, shared):
             try:
                 trial = _observe(route, run, routed=True)
+                if _apart(dense, trial) <= _tolerance(dense):
+                    _run_half(route, run, checked=True)
             except Exception:
                 continue
         yield tables, shared, _apart(dense, trial)
@@ -162,6 +166,28 @@ def _named(route: Passage, tables: dict[str, Where], shared: bool) -> Iterator[N
         route.shared = before
         for stop, places in kept.items():
             stop.places = places
+
+
+def _run_half(route: Passage, run: Callable[[], Tensor], checked: bool = False) -> None:
+    """run() with half of the tokens, as in training: what is right for all of them may not fit some.
+
+    Raises what the model raises, and unless `checked`, what the first routed forward says of arguments.
+    """
+    kept = route._ratio, route._fixed, route.force_keep, route.score
+    before = {stop: stop.checked for _, stop in _stops(route)}
+    try:
+        route.order_only, route.enabled = False, True
+        route._ratio, route._fixed, route.force_keep, route.score = "0.5", None, None, None
+        for stop in before if checked else ():
+            stop.checked = True
+        with torch.random.fork_rng(devices=_devices(route)):
+            torch.manual_seed(0)
+            run()
+    finally:
+        route.order_only = True
+        route._ratio, route._fixed, route.force_keep, route.score = kept
+        for stop, value in before.items():
+            stop.checked = value
 
 
 # --- one call of the model ---------------------------------------------------------------------------------------
