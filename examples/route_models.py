@@ -94,6 +94,11 @@ PUBLIC: Calls = {
         [*m.double_blocks, *m.single_blocks], 1, -2, 0.5, tokens=("img", "x"), out=(0, None), prefix=(0, "rest"),
         per_token={"pe": Entries(2, prefix="rest")},
     ),
+    # pytorch/torchtitan: the same with tokens in dimension 1 of the table
+    "Flux by torchtitan": lambda m: route_blocks(
+        [*m.double_blocks, *m.single_blocks], 1, -2, 0.5, tokens=("img", "x"), out=(0, None), prefix=(0, "rest"),
+        per_token={"pe": Entries(1, prefix="rest")},
+    ),
 }  # fmt: skip
 
 

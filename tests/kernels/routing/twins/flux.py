@@ -11,15 +11,16 @@ from .parts import HEADS, HIDDEN, SIDE, FinalLayer, Mlp, TimestepEmbedder
 TEXT, AXES = 5, (4, 6, 6)
 
 
-def rotation(ids: Tensor) -> Tensor:
-    """(batch, 1, tokens, features // 2, 2, 2): a matrix for each pair of features."""
+def rotation(ids: Tensor, heads_dim: int) -> Tensor:
+    """(batch, 1, tokens, features // 2, 2, 2), the 1 at `heads_dim`: a matrix for each pair of features."""
     speeds = [100.0 ** -torch.linspace(0, 1, dim // 2) for dim in AXES]
     angle = torch.cat([ids[..., i, None] * speed for i, speed in enumerate(speeds)], dim=-1)
     matrix = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()), dim=-1)
-    return matrix.unflatten(-1, (2, 2)).unsqueeze(1)
+    return matrix.unflatten(-1, (2, 2)).unsqueeze(heads_dim)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
+    pe = pe if pe.shape[1] == 1 else pe.transpose(1, 2)
     q, k = ((pe @ x.unflatten(-1, (-1, 2, 1))).flatten(-3) for x in (q, k))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
@@ -71,10 +72,14 @@ class SingleStreamBlock(nn.Module):
 
 
 class Flux(nn.Module):
-    """black-forest-labs/flux, torchtitan's Flux: `block(img=…, txt=…, vec=…, pe=…)`, then `block(img, vec=…, pe=…)`."""
+    """black-forest-labs/flux: `block(img=…, txt=…, vec=…, pe=…)`, then `block(img, vec=…, pe=…)`.
 
-    def __init__(self, depth: int = 3, depth_single_blocks: int = 3) -> None:
+    torchtitan's has the heads of its rotary table behind the tokens.
+    """
+
+    def __init__(self, heads_dim: int = 1, depth: int = 3, depth_single_blocks: int = 3) -> None:
         super().__init__()
+        self.heads_dim = heads_dim
         self.img_in, self.txt_in, self.time_in = nn.Linear(16, HIDDEN), nn.Linear(12, HIDDEN), TimestepEmbedder()
         self.double_blocks = nn.ModuleList(DoubleStreamBlock() for _ in range(depth))
         self.single_blocks = nn.ModuleList(SingleStreamBlock() for _ in range(depth_single_blocks))
@@ -82,7 +87,7 @@ class Flux(nn.Module):
 
     def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor) -> Tensor:
         img, txt, vec = self.img_in(img), self.txt_in(txt), self.time_in(timesteps)
-        pe = rotation(torch.cat((txt_ids, img_ids), dim=1))
+        pe = rotation(torch.cat((txt_ids, img_ids), dim=1), self.heads_dim)
         for block in self.double_blocks:
             img, txt = block(img=img, txt=txt, vec=vec, pe=pe)
         img = torch.cat((txt, img), dim=1)
@@ -91,8 +96,8 @@ class Flux(nn.Module):
         return self.final_layer(img[:, txt.shape[1] :], vec)
 
 
-def flux():
-    model = Flux()
+def flux(heads_dim: int = 1):
+    model = Flux(heads_dim)
     row, column = torch.meshgrid(torch.arange(float(SIDE)), torch.arange(float(SIDE)), indexing="ij")
     ids = torch.stack((0 * row, row, column), dim=-1).flatten(0, 1).expand(2, -1, -1)
     image, text = torch.randn(2, SIDE**2, 16), torch.randn(2, TEXT, 12)
@@ -100,4 +105,4 @@ def flux():
     return model, lambda: model(*inputs)
 
 
-MAKERS = {"Flux by BFL": flux}
+MAKERS = {"Flux by BFL": flux, "Flux by torchtitan": lambda: flux(2)}
