@@ -1,181 +1,117 @@
-"""TREAD token routing for diffusers' transformers: a table model -> the one call, each proven by `route.verify`.
+"""TREAD token routing for the models that people train: a table model -> the one call, proven by `route.verify`.
 
-python examples/route_models.py          # proves each on small random weights of diffusers' classes
+python examples/route_models.py          # proves each of diffusers' classes, small, with random weights
 python examples/route_models.py Flux     # one of them
 
 Block 0 and the last stay dense, half of the image tokens bypass the others. Of two-stream models the image stream is
-routed; text stays whole.
+routed; text stays whole. Models of public code that no package installs are proven in this repository's tests on twins
+of their structure. Another model: write the call without `per_token`, run `route.verify`, and copy what it says.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
+from examples.small_models import build, run  # noqa: E402
 from prx_kernels import Entries, Route, route_blocks  # noqa: E402
 
-# Text's entries stand ahead of the image's in one table, or behind them.
-TEXT_FIRST, TEXT_LAST = {"prefix": "rest"}, {"suffix": "rest"}
+Calls = dict[str, Callable[[Any], Route]]
 
-# Name: where the blocks are, and the arguments of `route_blocks`. A table that all samples share asks for one set of
-# tokens for all of them: shared=True.
-DIFFUSERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "PRX": ("blocks", {"per_token": {"image_rotary_emb": 2}}),
-    "DiT": ("transformer_blocks", {}),
-    "PixArt": ("transformer_blocks", {}),
-    "SD3": ("transformer_blocks", {"out": 1}),
-    "Flux": (
-        "transformer_blocks",
-        {"out": 1, "per_token": {"image_rotary_emb": Entries(0, **TEXT_FIRST)}, "shared": True},
+# A table that all samples share asks for one set of tokens for all of them: shared=True. Text's entries stand ahead of
+# the image's in one table (prefix="rest"), or behind them (suffix="rest").
+DIFFUSERS: Calls = {
+    "PRX": lambda m: route_blocks(m.blocks, 1, -2, 0.5, per_token={"image_rotary_emb": 2}),
+    "DiT": lambda m: route_blocks(m.transformer_blocks, 1, -2, 0.5),
+    "PixArt": lambda m: route_blocks(m.transformer_blocks, 1, -2, 0.5),
+    "SD3": lambda m: route_blocks(m.transformer_blocks, 1, -2, 0.5, out=1),
+    "Flux": lambda m: route_blocks(
+        m.transformer_blocks, 1, -2, 0.5, out=1, per_token={"image_rotary_emb": Entries(0, prefix="rest")}, shared=True
     ),
-    "Chroma": (
-        "transformer_blocks",
-        {"out": 1, "per_token": {"image_rotary_emb": Entries(0, **TEXT_FIRST)}, "shared": True},
+    "Chroma": lambda m: route_blocks(
+        m.transformer_blocks, 1, -2, 0.5, out=1, per_token={"image_rotary_emb": Entries(0, prefix="rest")}, shared=True
     ),
-    # The table is a pair, of the image and of the text.
-    "QwenImage": ("transformer_blocks", {"out": 1, "per_token": {"image_rotary_emb": {0: 0}}, "shared": True}),
-    "AuraFlow": ("joint_transformer_blocks", {"out": 1}),
-    "CogView4": ("transformer_blocks", {"out": 0, "per_token": {"image_rotary_emb": 0}, "shared": True}),
-    "CogVideoX": ("transformer_blocks", {"out": 0}),
-    "HunyuanDiT": ("blocks", {"per_token": {"image_rotary_emb": 0}, "shared": True}),
-    "HunyuanVideo": (
-        "transformer_blocks",
-        {"out": 0, "per_token": {"attention_mask": Entries(3, **TEXT_LAST), "freqs_cis": 0}, "shared": True},
+    "QwenImage": lambda m: route_blocks(  # the table is a pair, of the image and of the text
+        m.transformer_blocks, 1, -2, 0.5, out=1, per_token={"image_rotary_emb": {0: 0}}, shared=True
     ),
-    "LTXVideo": ("transformer_blocks", {"per_token": {"image_rotary_emb": 1}}),
-    "Lumina2": ("layers", {"per_token": {"image_rotary_emb": 1}}),  # text is in the stream and routed with it
-    "Wan": ("blocks", {"per_token": {"rotary_emb": 1}}),
-}
+    "AuraFlow": lambda m: route_blocks(m.joint_transformer_blocks, 1, -2, 0.5, out=1),
+    "CogView4": lambda m: route_blocks(
+        m.transformer_blocks, 1, -2, 0.5, out=0, per_token={"image_rotary_emb": 0}, shared=True
+    ),
+    "CogVideoX": lambda m: route_blocks(m.transformer_blocks, 1, -2, 0.5, out=0),
+    "HunyuanDiT": lambda m: route_blocks(m.blocks, 1, -2, 0.5, per_token={"image_rotary_emb": 0}, shared=True),
+    "HunyuanVideo": lambda m: route_blocks(
+        m.transformer_blocks, 1, -2, 0.5, out=0, shared=True,
+        per_token={"attention_mask": Entries(3, suffix="rest"), "freqs_cis": 0},
+    ),
+    "LTXVideo": lambda m: route_blocks(m.transformer_blocks, 1, -2, 0.5, per_token={"image_rotary_emb": 1}),
+    "Wan": lambda m: route_blocks(m.blocks, 1, -2, 0.5, per_token={"rotary_emb": 1}),
+    # Text is in the stream and routed with it.
+    "Lumina2": lambda m: route_blocks(m.layers, 1, -2, 0.5, per_token={"image_rotary_emb": 1}),
+    "ZImage": lambda m: route_blocks(m.layers, 1, -2, 0.5, per_token={"freqs_cis": 1, "attn_mask": 1}),
+}  # fmt: skip
+
+# Public code, by the repository where it is.
+PUBLIC: Calls = {
+    # willisma/SiT; facebookresearch/DiT the same
+    "SiT": lambda m: route_blocks(m.blocks, 1, -2, 0.5),
+    # sihyun-yu/REPA: behind the block whose tokens the projectors read
+    "REPA": lambda m: route_blocks(m.blocks, m.encoder_depth, -2, 0.5),
+    # hustvl/LightningDiT, with its use_checkpoint too
+    "LightningDiT": lambda m: route_blocks(m.blocks, 1, -2, 0.5, per_token={"feat_rope": 0}, shared=True),
+    # LTH14/JiT: from the block where its class tokens have joined
+    "JiT": lambda m: route_blocks(
+        m.blocks, m.in_context_start, -2, 0.5, per_token={"feat_rope": 0}, shared=True, prefix=m.in_context_len
+    ),
+    # MCG-NJU/DDT: its encoder, and its decoder, whose condition has a vector for each token
+    "DDT": lambda m: route_blocks(
+        m.blocks[: m.num_encoder_blocks], 1, -2, 0.5, per_token={"pos": 0}, shared=True
+    ),
+    "DDT, decoder": lambda m: route_blocks(
+        m.blocks[m.num_encoder_blocks :], 0, -2, 0.5, per_token={"pos": 0, "c": 1}, shared=True
+    ),
+    # bytetriper/RAE: DiTwDDTHead
+    "RAE": lambda m: route_blocks(
+        m.blocks[: m.num_encoder_blocks], 1, -2, 0.5, per_token={"feat_rope": 0}, shared=True
+    ),
+    # MCG-NJU/PixNerd, of classes; of text, m.num_encoder_blocks
+    "PixNerd": lambda m: route_blocks(m.blocks[: m.num_cond_blocks], 1, -2, 0.5, per_token={"pos": 0}, shared=True),
+    # baofff/U-ViT: a start and an end that lie alike, so that every skip ends where it begins; time and label ahead
+    "U-ViT": lambda m: route_blocks([*m.in_blocks, m.mid_block, *m.out_blocks], 1, -2, 0.5, prefix=m.extras),
+    # SwayStar123/SpeedrunDiT, in place of its own dropping: m.sprint_drop_ratio = 0.0 first; the class token is ahead.
+    # Its rotary module is read at rope_ids, and what a block notes (v_last) is no table.
+    "SpeedrunDiT": lambda m: route_blocks(
+        m.blocks, m.num_f, -1 - m.num_h, 0.5, prefix=1,
+        per_token={"rope_ids": 1, "v1": 2, "feat_rope": None, "attn.v_last": None},
+    ),
+    # black-forest-labs/flux: text joins the image between the two kinds of block
+    "Flux by BFL": lambda m: route_blocks(
+        [*m.double_blocks, *m.single_blocks], 1, -2, 0.5, tokens=("img", "x"), out=(0, None), prefix=(0, "rest"),
+        per_token={"pe": Entries(2, prefix="rest")},
+    ),
+    # pytorch/torchtitan: the same with tokens in dimension 1 of the table
+    "Flux by torchtitan": lambda m: route_blocks(
+        [*m.double_blocks, *m.single_blocks], 1, -2, 0.5, tokens=("img", "x"), out=(0, None), prefix=(0, "rest"),
+        per_token={"pe": Entries(1, prefix="rest")},
+    ),
+}  # fmt: skip
 
 
-def route(name: str, model: nn.Module) -> Route:
-    """Route one of diffusers' models as the table says.
+def route(name: str, model: Any) -> Route:
+    """Route a model as the table says.
 
     Raises:
         ValueError: the table has no such name.
     """
-    if name not in DIFFUSERS:
-        raise ValueError(f"unknown model {name!r}, known are {', '.join(DIFFUSERS)}")
-    blocks, arguments = DIFFUSERS[name]
-    return route_blocks(getattr(model, blocks), 1, -2, 0.5, **arguments)
-
-
-# --- small models with random weights, and inputs for them ------------------------------------------------------
-
-HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
-SMALL: dict[str, Any] = {**HEADS, "num_layers": 4, "in_channels": 4}
-GRID: dict[str, Any] = {**SMALL, "sample_size": 8, "patch_size": 2}
-
-
-def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A small model called `name` and the arguments of its forward: 16 image tokens a sample, 32 of CogVideoX and Wan.
-
-    Output layers that begin at zero are random, so that a wrong route shows.
-    """
-    model, arguments = (_image_model if name in ONE_PICTURE else _other_model)(name)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    return model, arguments
-
-
-ONE_PICTURE = ("PRX", "DiT", "PixArt", "SD3", "AuraFlow", "CogView4", "HunyuanDiT", "Lumina2")
-"""Models that take pictures (batch, channels, height, width)."""
-
-
-def _image_model(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    import diffusers
-
-    picture = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([10.0, 500.0])}
-    text = {"encoder_hidden_states": torch.randn(2, 5, 12)}
-    everything = torch.ones(2, 5, dtype=torch.bool)
-    if name == "PRX":
-        sizes = {"context_in_dim": 12, "hidden_size": 32, "num_heads": 2, "depth": 4, "axes_dim": [8, 8]}
-        return diffusers.PRXTransformer2DModel(in_channels=4, patch_size=2, **sizes), {**picture, **text}
-    if name == "DiT":
-        model = diffusers.DiTTransformer2DModel(**GRID, num_embeds_ada_norm=1000, norm_num_groups=1)
-        return model, {**picture, "timestep": torch.tensor([10, 500]), "class_labels": torch.tensor([1, 2])}
-    if name == "PixArt":
-        sizes = {"cross_attention_dim": 32, "caption_channels": 12, "use_additional_conditions": False}
-        conditions = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-        return diffusers.PixArtTransformer2DModel(**GRID, **sizes), {**picture, **text, **conditions}
-    if name == "SD3":
-        sizes = {"joint_attention_dim": 12, "caption_projection_dim": 32, "pooled_projection_dim": 12}
-        pooled = {"pooled_projections": torch.randn(2, 12)}
-        return diffusers.SD3Transformer2DModel(**GRID, **sizes), {**picture, **text, **pooled}
-    if name == "AuraFlow":
-        sizes = {"num_mmdit_layers": 4, "num_single_dit_layers": 1, "joint_attention_dim": 12}
-        sizes |= {"caption_projection_dim": 32, "pos_embed_max_size": 64, "sample_size": 8, "in_channels": 4}
-        return diffusers.AuraFlowTransformer2DModel(**HEADS, **sizes), {**picture, **text}
-    if name == "CogView4":
-        sizes = {"text_embed_dim": 12, "time_embed_dim": 8, "condition_dim": 4, "rope_axes_dim": (8, 8)}
-        model = diffusers.CogView4Transformer2DModel(**SMALL, **sizes, out_channels=4, sample_size=8)
-        square = torch.full((2, 2), 8.0)
-        places = {"original_size": square, "target_size": square, "crop_coords": torch.zeros(2, 2)}
-        return model, {**picture, **text, **places}
-    if name == "HunyuanDiT":
-        sizes = {"hidden_size": 32, "cross_attention_dim": 16, "cross_attention_dim_t5": 16, "text_len": 5}
-        sizes |= {"pooled_projection_dim": 16, "text_len_t5": 5, "use_style_cond_and_image_meta_size": False}
-        texts = {"encoder_hidden_states": torch.randn(2, 5, 16), "encoder_hidden_states_t5": torch.randn(2, 5, 16)}
-        masks = {"text_embedding_mask": torch.ones(2, 5), "text_embedding_mask_t5": torch.ones(2, 5)}
-        table = {"image_rotary_emb": (torch.randn(16, 16), torch.randn(16, 16))}
-        return diffusers.HunyuanDiT2DModel(**GRID, **sizes), {**picture, **texts, **masks, **table}
-    sizes = {"hidden_size": 32, "num_layers": 4, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1}
-    sizes |= {"multiple_of": 16, "axes_dim_rope": (4, 6, 6), "axes_lens": (64, 32, 32), "cap_feat_dim": 12}
-    model = diffusers.Lumina2Transformer2DModel(sample_size=8, in_channels=4, **sizes)
-    return model, {**picture, **text, "encoder_attention_mask": everything}
-
-
-def _other_model(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Models of video, and those that take packed latents (batch, tokens, channels)."""
-    import diffusers
-
-    packed = {"hidden_states": torch.randn(2, 16, 16), "timestep": torch.tensor([0.01, 0.5])}
-    text, timestep = {"encoder_hidden_states": torch.randn(2, 5, 12)}, {"timestep": torch.tensor([10, 500])}
-    pooled = {"pooled_projections": torch.randn(2, 12)}
-    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
-    places = {"img_ids": torch.stack((0 * rows, rows, columns), dim=-1).flatten(0, 1), "txt_ids": torch.zeros(5, 3)}
-    axes = {"axes_dims_rope": (4, 6, 6)}
-    latents: dict[str, Any] = {**HEADS, "num_layers": 4, "in_channels": 16, "joint_attention_dim": 12, **axes}
-    if name == "Flux":
-        model = diffusers.FluxTransformer2DModel(**latents, num_single_layers=1, pooled_projection_dim=12)
-        return model, {**packed, **text, **pooled, **places}
-    if name == "Chroma":
-        guide = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
-        model = diffusers.ChromaTransformer2DModel(**latents, **guide, num_single_layers=1)
-        return model, {**packed, **text, **places}
-    if name == "QwenImage":
-        shapes = {"encoder_hidden_states_mask": torch.ones(2, 5, dtype=torch.bool), "img_shapes": [[(1, 4, 4)]] * 2}
-        return diffusers.QwenImageTransformer2DModel(**latents, out_channels=4), {**packed, **text, **shapes}
-    if name == "CogVideoX":
-        sizes = {"time_embed_dim": 8, "text_embed_dim": 12, "max_text_seq_length": 5, "out_channels": 4}
-        sizes |= {"sample_width": 8, "sample_height": 8, "sample_frames": 5}
-        model = diffusers.CogVideoXTransformer3DModel(**SMALL, **sizes)
-        return model, {"hidden_states": torch.randn(2, 2, 4, 8, 8), **timestep, **text}
-    if name == "HunyuanVideo":
-        sizes = {"num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 12, "pooled_projection_dim": 12}
-        model = diffusers.HunyuanVideoTransformer3DModel(**SMALL, **sizes, out_channels=4, rope_axes_dim=(4, 6, 6))
-        more = {"encoder_attention_mask": torch.ones(2, 5), "guidance": torch.full((2,), 1000.0)}
-        return model, {"hidden_states": torch.randn(2, 4, 1, 8, 8), **timestep, **text, **pooled, **more}
-    if name == "LTXVideo":
-        model = diffusers.LTXVideoTransformer3DModel(
-            **SMALL, out_channels=4, cross_attention_dim=32, caption_channels=12
-        )
-        video = {"hidden_states": torch.randn(2, 16, 4), "num_frames": 1, "height": 4, "width": 4}
-        return model, {**video, **timestep, **text, "encoder_attention_mask": torch.ones(2, 5)}
-    if name == "Wan":
-        sizes = {"text_dim": 12, "freq_dim": 16, "ffn_dim": 32, "out_channels": 4, "rope_max_seq_len": 32}
-        model = diffusers.WanTransformer3DModel(**SMALL, **sizes)
-        return model, {"hidden_states": torch.randn(2, 4, 2, 8, 8), **timestep, **text}
-    raise ValueError(f"unknown model {name!r}, known are {', '.join(DIFFUSERS)}")
-
-
-def run(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    return model(**arguments, return_dict=False)[0]
+    calls = DIFFUSERS | PUBLIC
+    if name not in calls:
+        raise ValueError(f"unknown model {name!r}, known are {', '.join(calls)}")
+    return calls[name](model)
 
 
 def main() -> None:

@@ -112,8 +112,8 @@ class _AddNotedGradient(torch.autograd.Function):
 def _let_go(
     block: Any, active: list[Stop], args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
 ) -> None:
+    said = explain(block, active, args, kwargs, error)
     for stop in active:
         stop.route.forget()
-    said = explain(block, active, args, kwargs, error)
     if said is not None:
         raise ValueError(said) from error

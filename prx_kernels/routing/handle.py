@@ -90,8 +90,8 @@ class Route(Passage):
         Outputs, and gradients of the routed blocks' parameters and of what enters them, must be the same to 1e-4 of the
         largest value of each in float32, 1e-9 in float64; of a gradient below a hundredth of the largest one, to that
         share of the hundredth. What a wrong route does cannot hide: parameters that are zero (adaLN-zero) are random
-        meanwhile, dropout is off, and every route over these blocks but this one. Nothing is compiled meanwhile. Take
-        float32 or float64, and any small batch of at least 2 samples.
+        meanwhile, dropout is off, and every route that run leads through but this one. The model must also run on half
+        of the tokens. Nothing is compiled meanwhile. Take float32 or float64, any small batch of at least 2 samples.
 
         Args:
             run: calls the model and returns a tensor that depends on all of its output, such as
@@ -104,6 +104,7 @@ class Route(Passage):
             ValueError: the two differ. The message names the arguments and tensors that have an entry a token, and the
                 call to write; if it says "tried", that call was proven right.
             RuntimeError: run gives other values each time, or no routed block ran.
+            Any error of the model itself on half of the tokens, where all of them are right.
         """
         return verify.verify(self, run)
 

@@ -132,6 +132,11 @@ class RouteState:
         return twin
 
 
+def routes() -> list[RouteState]:
+    """All that live."""
+    return list(_states.values())
+
+
 class Repeatable:
     """A forward: its tokens, and the inputs of its blocks by storage, held weakly."""
 

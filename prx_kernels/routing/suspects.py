@@ -28,6 +28,7 @@ class Suspect:
         given: whether it is an argument.
         certain: nothing else that is known has this size.
         batched: whether it has entries for every sample, or for any (size 1), in front of those of tokens.
+        stream: whether it is like the tokens themselves, as what a skip connection brings.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Suspect:
     given: bool
     certain: bool
     batched: bool
+    stream: bool
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
@@ -72,7 +74,7 @@ def explain(
     block: Any, active: list[Stop], args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
 ) -> str | None:
     """What to write against a failure inside of a routed block; None where nothing is known or it is no such one."""
-    if not isinstance(error, Exception) or isinstance(error, torch.OutOfMemoryError) or _is_ours(error):
+    if not isinstance(error, Exception) or isinstance(error, torch.OutOfMemoryError) or is_ours(error):
         return None
     for stop in active:
         found = suspects(stop, block, args, kwargs)
@@ -80,7 +82,7 @@ def explain(
             first = (str(error).splitlines() or [""])[0]
             return (
                 f"{_title(stop, block)} failed on the tokens that its route keeps ({first}). There {_list(found)}. "
-                f"If these are the tokens', write route_blocks(…, {call(found)}){_beside(found)}"
+                f"If these are the tokens', write route_blocks(…, {call(found)}){_beside(found)}{skipped(found)}"
             )
     return None
 
@@ -88,6 +90,17 @@ def explain(
 def call(found: Sequence[Suspect]) -> str:
     """The arguments of `route_blocks` that name what was found."""
     return written(named(found), any(not s.batched for s in found))
+
+
+def skipped(found: Iterable[Suspect]) -> str:
+    """What to do where a block takes an earlier block's tokens."""
+    names = " and ".join(dict.fromkeys(repr(s.name) for s in found if s.stream))
+    if not names:
+        return ""
+    return (
+        f". If {names} is what an earlier block gave (a skip connection), both blocks must be in the route or both "
+        "outside of it: choose a start and an end that lie alike, as 1 and -2"
+    )
 
 
 def written(tables: Mapping[str, Where], shared: bool) -> str:
@@ -133,7 +146,8 @@ def suspects(
             found += _judge(name, path, t, x, sizes, longer, given=True, doubt=twins)
     for path, t in tensors_of(block):
         if not any(path == k or path.startswith(f"{k}.") for k in known):
-            doubt = isinstance(t, nn.Parameter) or t.ndim < 2
+            # What has a history is no table: a block noted it in an earlier forward (SpeedrunDiT's values).
+            doubt = isinstance(t, nn.Parameter) or t.ndim < 2 or t.grad_fn is not None
             found += _judge(path, path, t, x, sizes, longer, given=False, doubt=doubt)
     certain = [s for s in found if s.certain]
     return certain or [s for s in found if s.given or s.certain]
@@ -148,11 +162,14 @@ def _judge(
         sure = tuple(d for d in dims if not (d == t.ndim - 1 and t.shape[d] == hidden))
         if not dims or (not given and not sure):
             continue
-        dims = sure or dims
+        dims = tuple(d for d in sure or dims if t.shape[d] == t.shape[(sure or dims)[0]])
+        if t.ndim == 2 and path != name:  # tables in a tuple or module: as many features as tokens, not a square mask
+            dims = dims[:1]
         certain = bool(sure) and not doubt and not _is_stream(t, x)
         batched = dims[0] > 0 and t.shape[0] in (1, batch)
         more = t.shape[dims[0]] - max(sizes) if wanted is not sizes else 0
-        yield Suspect(name, path, dims, more, given, certain, batched, tuple(t.shape))
+        stream = given and _is_stream(t, x) and t.shape[-1] == hidden
+        yield Suspect(name, path, dims, more, given, certain, batched, stream, tuple(t.shape))
         return
 
 
@@ -186,7 +203,7 @@ def _known(block: Any) -> set[str]:
     return names
 
 
-def _is_ours(error: BaseException) -> bool:
+def is_ours(error: BaseException) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

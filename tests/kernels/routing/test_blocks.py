@@ -134,6 +134,7 @@ def test_checkpointing_recomputes_with_the_same_tokens(compiled):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_two_forwards_before_one_backward_raise_under_checkpointing(compiled):
+    torch._dynamo.reset()
     model = Model(checkpoint=PER_BLOCK)
     route_blocks(model.blocks, 1, 2, 0.5)
     if compiled:

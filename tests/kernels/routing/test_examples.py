@@ -1,4 +1,7 @@
-"""The examples' one-line routes on diffusers' transformers (random weights): positions, gradients, refusal."""
+"""The examples' one-line routes on diffusers' transformers and on twins of public ones: positions, gradients, refusal.
+
+Random weights; every token routed in random order gives what the dense model gives.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import re
 import pytest
 import torch
 
-from examples.route_models import DIFFUSERS, build, route, run
+from examples.route_models import DIFFUSERS, PUBLIC, route
+from examples.small_models import build, run
 from prx_kernels import route_blocks
 
+from . import twins
 from .models import permutations
 
 
@@ -42,10 +47,60 @@ def test_every_routed_block_has_gradients_with_diffusers_own_checkpointing(case)
     if model._supports_gradient_checkpointing:  # HunyuanDiT has none
         model.enable_gradient_checkpointing()
     run(model, arguments).square().sum().backward()
-    blocks = getattr(model, DIFFUSERS[name][0])
     assert made.keep.shape[0] == 2
-    for index in range(made.start, made.end + 1):
-        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in blocks[index].parameters()), index
+    for index, block in enumerate(made._blocks):
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters()), index
+
+
+@pytest.fixture(params=list(PUBLIC))
+def twin(request):
+    return request.param, *twins.build(request.param)
+
+
+def test_the_route_of_a_public_model_is_proven_on_its_twin(twin):
+    name, model, twin_run = twin
+    model.eval()
+    with torch.no_grad():
+        dense = twin_run()
+    made = route(name, model)
+    said = made.verify(twin_run)
+    # A reentrant checkpoint, LightningDiT's and U-ViT's, gives no gradients to torch.autograd.grad.
+    assert ("reentrant checkpoints" if name in ("LightningDiT", "U-ViT") else " gradients with ") in said
+    with torch.no_grad():
+        assert torch.equal(twin_run(), dense), "evaluation must be dense unless asked"
+        made.in_eval = True
+        half = twin_run()
+        assert made.keep.shape == (2, 8)
+        made.fixed = permutations(1, 16).expand(2, 16) if made.shared else permutations(2, 16)
+        torch.testing.assert_close(twin_run(), dense, rtol=0, atol=2e-6 * float(dense.abs().max()))
+    assert half.shape == dense.shape
+    assert (half - dense).abs().max() > 1e-3 * dense.abs().max()
+
+
+def test_every_routed_block_of_a_twin_has_gradients_also_where_it_is_checkpointed(twin):
+    name, model, twin_run = twin
+    made = route(name, model.train())
+    for _ in range(2):
+        twin_run().square().sum().backward()
+    assert made.keep.shape[0] == 2
+    for index, block in enumerate(made._blocks):
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in block.parameters()), index
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name not in ("SiT", "REPA", "U-ViT")])
+def test_what_was_forgotten_is_told_for_public_models(name):
+    """The call without `per_token`: verify says what the table says, tried."""
+    model, twin_run = twins.build(name)
+    full = route(name, model)
+    named = {
+        t.argument.name: t.where for stop in [full._blocks[0]._routes[0]] for t in stop.places.tables if t.argument
+    }
+    for stop in (block._routes[0] for block in full._blocks):
+        stop.places.tables = ()
+    with pytest.raises(ValueError, match=r"Write \(tried\)") as caught:
+        full.verify(twin_run)
+    for argument, where in named.items():
+        assert where is None or f'"{argument}": ' in str(caught.value), str(caught.value)
 
 
 def test_sana_is_refused_because_its_blocks_convolve_the_grid():

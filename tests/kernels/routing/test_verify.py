@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prx_kernels import Entries, route_blocks
 
-from .models import HIDDEN, Block, Model, Rope, inputs, rotary_tables
+from .models import HEADS, HIDDEN, Block, Model, Rope, inputs, rotary_tables
 from .test_per_token import TEXT, AttributeRope, TextBlock, with_own_tables
 
 
@@ -171,3 +171,107 @@ def test_a_gradient_that_is_zero_but_for_rounding_is_no_difference():
     largest = max(float(p.grad.abs().max()) for p in model.blocks.parameters())
     assert 0 < float(model.blocks[1].key_bias.grad.abs().max()) < 1e-5 * largest
     assert "gradients" in route_blocks(model.blocks, 1, 2, 0.5).verify(lambda: model(*inputs()))
+
+
+def test_a_table_that_barely_shows_is_found_without_gradients():
+    """Attention that is nearly even: what was forgotten changes the outputs by less than the tolerance."""
+    model = model_with(rotary_tables(12))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[: 2 * HIDDEN] *= 0.02
+            block.attn.qkv.bias[: 2 * HIDDEN] *= 0.02
+    route = route_blocks(model.blocks, 1, 2, 0.5)
+    with torch.no_grad(), pytest.raises(ValueError, match='"feat_rope": 0}, shared=True$') as caught:
+        route.verify(lambda: model(*inputs()))
+    assert float(re.search(r"off by (\S+) of its values", str(caught.value))[1]) < 1e-4
+    route.remove()
+    route = route_blocks(model.blocks, 1, 2, 0.5, per_token={"feat_rope": 0}, shared=True)
+    with torch.no_grad():
+        assert "run() recorded none" in route.verify(lambda: model(*inputs()))
+
+
+def test_as_many_features_as_tokens_are_not_taken_for_tokens():
+    tables = rotary_tables(HIDDEN // HEADS)
+    model = model_with(tables)
+    assert tables[0].shape == (8, 8)
+    run = lambda: model(*inputs(tokens=8))  # noqa: E731
+    route = route_blocks(model.blocks, 1, 2, 0.5)
+    with pytest.raises(ValueError, match=r'Write \(tried\): per_token={"feat_rope": 0}, shared=True$'):
+        route.verify(run)
+    with pytest.raises(ValueError, match=r'Write route_blocks\(…, per_token={"feat_rope": 0}, shared=True\)'):
+        run()
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_route_over_other_blocks_is_dense_meanwhile(first):
+    model = model_with(depth=5)
+    routes = [route_blocks(model.blocks, start, start + 1, 0.5) for start in (0, 2)]
+    run = lambda: model(*inputs())  # noqa: E731
+    assert "outputs and 21 gradients" in routes[first // 2].verify(run)
+    model(*inputs())
+    assert [r.keep.shape for r in routes] == [(2, 6), (2, 6)]
+
+
+class Skipping(Model):
+    """U-ViT's structure by its order: a block of the second half is given what its twin in the first half gave."""
+
+    def forward(self, x, c):
+        x = first = self.blocks[0](x, c)
+        x = second = self.blocks[1](x, c)
+        x = self.blocks[2](x, c)
+        x = self.blocks[3](x, c, second)
+        return self.blocks[4](x, c, first)
+
+
+class SkipBlock(Block):
+    def forward(self, x, c, skip=None):
+        return super().forward(x if skip is None else x + 2 * skip.flip(-1), c)
+
+
+def test_skip_connections_lead_into_a_route_that_lies_alike_at_both_ends():
+    torch.manual_seed(0)
+    model = Skipping(depth=5)
+    model.blocks = nn.ModuleList(SkipBlock() for _ in range(5))
+    run = lambda: model(*inputs())  # noqa: E731
+    route = route_blocks(model.blocks, 1, -2, 0.5)
+    assert "outputs and" in route.verify(run)
+    route.remove()
+    route = route_blocks(model.blocks, 1, -1, 0.5)  # block 3 is given kept tokens, block 4 all
+    lie = "choose a start and an end that lie alike, as 1 and -2$"
+    with pytest.raises(ValueError, match=lie):
+        route.verify(run)
+    with pytest.raises(ValueError, match=lie):
+        run()
+    route.remove()
+    with pytest.raises(ValueError, match=r'Write \(tried\): per_token={"skip": 1}$'):  # from outside of the route
+        route_blocks(model.blocks, 2, -2, 0.5).verify(run)
+
+
+def test_tokens_added_inside_a_route_are_told_as_such():
+    class Adding(Model):
+        def forward(self, x, c):
+            x = self.blocks[1](self.blocks[0](x, c), c)
+            return self.blocks[2](torch.cat((x[:, :1], x), dim=1), c)
+
+    torch.manual_seed(0)
+    model = Adding(depth=3)
+    with pytest.raises(ValueError, match=r"must not add or drop tokens between routed blocks\)$"):
+        route_blocks(model.blocks, 0, -1, 0.5).verify(lambda: model(*inputs()))
+
+
+def test_what_a_block_noted_in_an_earlier_forward_is_no_table():
+    """SpeedrunDiT's attention keeps its values for the blocks behind."""
+
+    class Noting(Block):
+        def forward(self, x, c, feat_rope=None):
+            self.values = x.unsqueeze(1) * 2
+            return super().forward(x, c)
+
+    torch.manual_seed(0)
+    model = Model(depth=3)
+    model.blocks = nn.ModuleList(Noting() for _ in range(3))
+    model(*inputs())
+    assert model.blocks[1].values.shape == (2, 1, 12, HIDDEN)
+    route = route_blocks(model.blocks, 0, 1, 0.5)
+    model(*inputs()).sum().backward()
+    assert route.keep.shape == (2, 6)
