@@ -1,5 +1,6 @@
 """What stands between the matrix products of a transformer block."""
 
 from .attention_inputs import qk_norm_rope
+from .modulation import norm_modulate, residual_gate_norm_modulate
 
-__all__ = ["qk_norm_rope"]
+__all__ = ["norm_modulate", "qk_norm_rope", "residual_gate_norm_modulate"]

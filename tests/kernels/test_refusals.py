@@ -16,11 +16,13 @@ from prx_kernels import (
     exit_route,
     exit_route_gated,
     gather_tokens,
+    norm_modulate,
     patch_embed,
     patchify,
     philox_normal,
     qk_norm_rope,
     reference,
+    residual_gate_norm_modulate,
     scatter_tokens,
     x_prediction_loss,
 )
@@ -29,6 +31,7 @@ KEEP = torch.tensor([[0, 2], [1, 3]])
 IMAGE, T = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.7])
 TOKENS, ROWS, PREDICTED = torch.randn(2, 6, 4), torch.randn(2, 2, 4), torch.randn(2, 4, 48)
 WEIGHT, VECTOR = torch.randn(5, 48), torch.randn(2, 4)
+VECTORS = torch.randn(2, 12)
 QKV, NORM, ROPE = torch.randn(2, 3, 3 * 2 * 4), torch.rand(4), torch.randn(1, 3, 2, 2)
 
 
@@ -44,6 +47,9 @@ FUNCTIONS = [
     (lambda tokens: x_prediction_loss(tokens, IMAGE, T, 4), PREDICTED),
     (lambda qkv: qk_norm_rope(qkv, NORM, NORM, ROPE)[0], QKV),
     (lambda weight: qk_norm_rope(QKV, weight, NORM, ROPE)[0], NORM),
+    (lambda x: residual_gate_norm_modulate(x, x, VECTORS)[1], TOKENS),
+    (lambda vectors: residual_gate_norm_modulate(TOKENS, TOKENS, vectors)[0], VECTORS),
+    (lambda vectors: norm_modulate(TOKENS, vectors[:, :8])[1], VECTORS),
 ]
 
 

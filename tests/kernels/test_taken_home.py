@@ -75,8 +75,12 @@ def run(ops):
     offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
     rope = torch.stack((angle.cos(), angle.sin()), dim=-1)
     out = ops.qk_norm_rope(img, *weights[:2], rope, txt, weights[2], txt_offsets=offsets, txt_length=3)
+    stream = torch.linspace(0, 2, 48).cos().view(2, 3, 8).requires_grad_()
+    projection = torch.linspace(-1, 1, 80).view(2, 40).requires_grad_()
+    x, h = ops.norm_modulate(stream, projection[:, :16])
+    out = *out, *ops.residual_gate_norm_modulate(x, h.sin(), projection[:, 16:])[:2]
     sum((i + 1) * x.square().sin().sum() for i, x in enumerate(out)).backward()
-    return [*out, img.grad, txt.grad, *(weight.grad for weight in weights)]
+    return [*out, img.grad, txt.grad, stream.grad, projection.grad, *(weight.grad for weight in weights)]
 """
 USES = {"routing": ROUTING, "newton_schulz": NEWTON_SCHULZ, "muon": MUON, "patch_embed": PATCH_EMBED}
 USES |= {"blocks": BLOCKS, "pixel_loss": PIXEL_LOSS, "noise": NOISE}

@@ -310,6 +310,37 @@ def qk_norm_rope_packed(
     return *padded, *kernels.qk_norm_rope(*given, *text, txt_offsets=offsets, packed_keys=True)
 
 
+# (batch, tokens, width)
+HALVES = {
+    "aligned": (2, 16, 128),
+    "ragged": (3, 7, 13),
+    "empty": (0, 7, 13),
+    "recipe-512": (32, 256, 1792),
+    "recipe-512, routed": (32, 128, 1792),
+    "recipe-1024": (16, 1024, 1792),
+    **{f"row of {width}": (2, 16, width) for width in (512, 1000, 4096, 8192)},
+    "many": (70_000, 2, 8),
+    "huge": (2**15, 2**8, 2**9),
+}
+
+
+@case(NORMED, HALVES)
+def norm_modulate(make: Inputs, batch: int, tokens: int, width: int) -> tuple[Tensor, ...]:
+    """On the way through a block, then as a model's last norm, whose stream ends."""
+    x, h = kernels.norm_modulate(make(batch, tokens, width), make(batch, 2 * width, dtype=make.other))
+    return x, h, kernels.norm_modulate(h, make(batch, 2 * width, dtype=make.other))[1]
+
+
+@case(NORMED, HALVES)
+def residual_gate_norm_modulate(make: Inputs, batch: int, tokens: int, width: int) -> tuple[Tensor, ...]:
+    """Before a gated MLP, whose two products read the norm, then before a single product."""
+    modulation = make(batch, 3 * width, dtype=make.other)
+    x, h, again = kernels.residual_gate_norm_modulate(
+        make(batch, tokens, width), make(batch, tokens, width), modulation
+    )
+    return x, h, again, *kernels.residual_gate_norm_modulate(x, h, modulation)[:2]
+
+
 # --- Muon --------------------------------------------------------------------------------------------------------
 
 # (batch, n, k)
