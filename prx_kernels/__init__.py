@@ -4,7 +4,7 @@ Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definitio
 """
 
 from . import reference as reference
-from .blocks import norm_modulate, qk_norm_rope, residual_gate_norm_modulate
+from .blocks import geglu, norm_modulate, qk_norm_rope, residual_gate_norm_modulate
 from .muon import Muon, assign_owners, muon_groups
 from .newton_schulz import newton_schulz, newton_schulz_flop, safe_restarts, sym_gemm, zeropower_via_newtonschulz5
 from .noise import philox_normal, philox_uniform
@@ -37,6 +37,7 @@ __all__ = [
     "exit_route",
     "exit_route_gated",
     "gather_tokens",
+    "geglu",
     "kept_tokens",
     "muon_groups",
     "newton_schulz",

@@ -5,6 +5,8 @@ is also what a CPU executes, and the eager baseline of the benchmarks. Nothing h
 """
 
 from .blocks.reference import (
+    geglu,
+    geglu_backward,
     joined_rows,
     norm_modulate,
     padded_rows,
@@ -56,6 +58,8 @@ __all__ = [
     "exit_route_gated",
     "gate_backward",
     "gather_tokens",
+    "geglu",
+    "geglu_backward",
     "joined_rows",
     "kept_tokens",
     "modulate_backward",

@@ -196,3 +196,19 @@ def residual_gate_norm_modulate_backward(
         grad_branch = (total * modulation.to(wide.dtype)[:, None, :width]).to(branch.dtype)
         of_vectors = [(total * widened(branch)).sum(1), *of_vectors]
     return total.to(y.dtype), grad_branch, torch.cat(of_vectors, dim=1)[:, None]
+
+
+# --- gated GELU --------------------------------------------------------------------------------------------------
+
+
+def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
+    """`GELU(gate)·up`, formed in float32 (float64 for float64) and rounded once to the dtype of gate."""
+    return (F.gelu(widened(gate), approximate=approximate) * widened(up)).to(gate.dtype)
+
+
+def geglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> tuple[Tensor, Tensor]:
+    """Gradients of `geglu` by gate and by up."""
+    wide = widened(gate)
+    of_up = widened(grad) * F.gelu(wide, approximate=approximate)
+    of_gate = torch.ops.aten.gelu_backward(widened(grad) * widened(up), wide, approximate=approximate)
+    return of_gate.to(gate.dtype), of_up.to(gate.dtype)

@@ -79,6 +79,7 @@ def run(ops):
     projection = torch.linspace(-1, 1, 80).view(2, 40).requires_grad_()
     x, h = ops.norm_modulate(stream, projection[:, :16])
     out = *out, *ops.residual_gate_norm_modulate(x, h.sin(), projection[:, 16:])[:2]
+    out = *out, ops.geglu(projection[:, ::2], projection[:, 1::2])
     sum((i + 1) * x.square().sin().sum() for i, x in enumerate(out)).backward()
     return [*out, img.grad, txt.grad, stream.grad, projection.grad, *(weight.grad for weight in weights)]
 """

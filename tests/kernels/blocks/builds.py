@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prx_kernels.blocks import kernels, launch, modulation_kernels
+from prx_kernels.blocks import gated_gelu, kernels, launch, modulation_kernels
 from prx_kernels.launch import Config, tl
 
 from ..ahead_of_time import Build, build
@@ -61,3 +61,13 @@ def modulation(arch: int, width: int, most: int = 8192) -> Iterator[tuple[str, B
                 constants = {"ALIGN": 16 // width, "ACC": kind, **dict.fromkeys(given, every)}
                 name = f"{kernel.__name__} C {columns} width {width} every input {every}"
                 yield name, build(kernel, types, constants, config, arch)
+
+
+def geglu(arch: int, width: int) -> Iterator[tuple[str, Build]]:
+    """Both kernels, both forms of GELU."""
+    config = gated_gelu.TILE[0][0][1]
+    for kernel in (gated_gelu._geglu_kernel, gated_gelu._geglu_backward_kernel):
+        types = signature(kernel, FLOATS[width], "*fp32")
+        for tanh in (True, False):
+            constants = {"ALIGN": 16 // width, "ACC": tl.float32, "TANH": tanh}
+            yield f"{kernel.__name__} width {width} tanh {tanh}", build(kernel, types, constants, config, arch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prx_kernels import reference
-from prx_kernels.blocks import launch, modulation_kernels
+from prx_kernels.blocks import gated_gelu, launch, modulation_kernels
 
 EPS = 1e-6
 # (batch, tokens, heads, D): one of each, heads that fill no tile, D no power of two, more heads than a tile has.
@@ -168,3 +168,23 @@ def plain_modulation(x: Tensor, branch: Tensor | None, modulation: Tensor) -> tu
     if branch is None:
         return x, reference.norm_modulate(x, modulation, eps=EPS)
     return reference.residual_gate_norm_modulate(x, branch, modulation, eps=EPS)
+
+
+# --- gated GELU --------------------------------------------------------------------------------------------------
+
+
+def check_geglu(shape: tuple[int, ...], dtype: torch.dtype, device: str, approximate: str) -> None:
+    """Of two tensors and of halves of one, forward and backward, from -8 to 8."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    wide = (torch.rand(*shape[:-1], 2 * shape[-1], generator=generator) * 16 - 8).to(device, dtype)
+    grad = torch.randn(shape, generator=generator).to(device, dtype)
+    halves = wide.chunk(2, dim=-1)
+    for inputs in (halves, tuple(half.contiguous() for half in halves)):
+        exact: Any = doubled(inputs)
+        formula = (reference.geglu(*given, approximate=approximate) for given in (inputs, exact))
+        compare((gated_gelu.launch_geglu(*inputs, approximate),), *((x,) for x in formula))  # type: ignore[arg-type]
+        compare(
+            gated_gelu.launch_geglu_backward(grad, *inputs, approximate),
+            reference.geglu_backward(grad, *inputs, approximate=approximate),
+            reference.geglu_backward(grad.double(), *exact, approximate=approximate),
+        )

@@ -61,3 +61,10 @@ def test_modulation_of_many_rows_a_program(monkeypatch):
     monkeypatch.setattr(modulation_kernels, "_MOST_PROGRAMS", 4)
     assert modulation_kernels.chunks(2, 19) == (10, 2)
     checks.check_modulation((2, 19, 12), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_geglu(dtype, approximate):
+    for shape in ((7,), (3, 5), (2, 3, 70), (2, 2, 1500)):
+        checks.check_geglu(shape, dtype, "cpu", approximate)

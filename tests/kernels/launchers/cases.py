@@ -341,6 +341,26 @@ def residual_gate_norm_modulate(make: Inputs, batch: int, tokens: int, width: in
     return x, h, again, *kernels.residual_gate_norm_modulate(x, h, modulation)[:2]
 
 
+# (batch, tokens, width); PRX leaves it to Inductor
+GATED = {
+    "aligned": (2, 16, 128),
+    "ragged": (3, 7, 13),
+    "empty": (0, 7, 13),
+    "as in PRX": (32, 256, 6272),
+    "long rows": (2, 3, 5000),
+    "many": (70_000, 2, 8),
+    "huge": (2**15, 2**8, 2**9),
+}
+
+
+@case(FLOATS, GATED)
+def geglu(make: Inputs, batch: int, tokens: int, width: int) -> tuple[Tensor, ...]:
+    """Of two projections; then of one projection's halves, exact."""
+    both = make(batch, tokens, 2 * width)
+    halves = kernels.geglu(*both.chunk(2, dim=-1), approximate="none")
+    return halves, kernels.geglu(make(batch, tokens, width), make(batch, tokens, width))
+
+
 # --- Muon --------------------------------------------------------------------------------------------------------
 
 # (batch, n, k)
