@@ -87,10 +87,6 @@ _BYTES: dict[str, Callable[..., int]] = {
     "add_tokens": lambda x, y, keep: 2 * _size(x) + _size(y) + _size(keep),
     "clear_tokens_": lambda x, keep: _rows(x, keep) + _size(keep),
     "add_tokens_": lambda x, y, keep: 3 * _size(y) + _size(keep),
-    "enter_route_modulate": lambda x, keep, shift, scale, eps: (
-        3 * _rows(x, keep) + _size(keep) + _size(shift) + _size(scale)
-    ),
-    "exit_route_gated": lambda y, branch, gate, byp, keep: 2 * _size(byp) + _size(y) + _size(gate) + _size(keep),
     # Muon: momentum and weights are read and written, updates and copies of weights are written only.
     "momentum_update": lambda grads, buffers, outs, *_: (
         sum(map(_size, grads)) + 2 * sum(map(_size, buffers)) + sum(map(_size, outs))
@@ -101,5 +97,4 @@ _BYTES: dict[str, Callable[..., int]] = {
     "scaled_copy": lambda sources, outs, *_: sum(map(_size, sources)) + sum(map(_size, outs)),
     "residual_gate_norm_modulate_backward": _modulation_backward,
     "qk_norm_rope_backward": _qk_norm_rope_backward,
-    "gate_backward": lambda grad, branch, gate, keep: 4 * _rows(grad, keep) + 2 * _size(gate) + _size(keep),
 }

@@ -82,12 +82,6 @@ ROWS: dict[str, tuple[int, ...]] = {
     "huge": (2**15, 2**8, 2**7, 2**9),
 }
 COPIES = {**ROWS, "no width": (2, 33, 16, 0), "wide": (2, 4, 2, 2**26)}
-MODULATED = {
-    **ROWS,
-    "all kept": (2, 8, 8, 128),
-    **{f"row of {width}": (2, 16, 8, width) for width in (512, 1000, 4096, 8192)},
-    "long": (1, 2**20, 2**20 - 8, 64),
-}
 
 
 @case(
@@ -128,19 +122,6 @@ def route_tables(make: Inputs, batch: int, tokens: int, kept: int, heads: int, w
     y, byp = kernels.enter_route(x, keep)
     taken = kernels.gather_tokens(flags, keep)
     return y, kernels.exit_route(y, byp, keep), taken, kernels.scatter_tokens(flags, taken, keep)
-
-
-@case((*FLOATS, (BF16, FP32), (FP32, BF16)), MODULATED)
-def enter_route_modulate(make: Inputs, batch: int, tokens: int, kept: int, width: int) -> tuple[Tensor, ...]:
-    shift, scale = (make(batch, width, dtype=make.other) for _ in range(2))
-    return kernels.enter_route_modulate(make(batch, tokens, width), make.keep(batch, tokens, kept), shift, scale)
-
-
-@case((*FLOATS, (BF16, FP32), (FP32, BF16)), MODULATED)
-def exit_route_gated(make: Inputs, batch: int, tokens: int, kept: int, width: int) -> Tensor:
-    y, branch = make(batch, kept, width), make(batch, kept, width)
-    gate = make(batch, 1, width, dtype=make.other)
-    return kernels.exit_route_gated(y, branch, gate, make(batch, tokens, width), make.keep(batch, tokens, kept))
 
 
 class _Scale(nn.Module):
