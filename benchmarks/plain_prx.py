@@ -93,7 +93,7 @@ class PlainBlock(nn.Module):
         self.modulation = Modulation(config.hidden_size)
 
     def forward(self, x: Tensor, *, text: Tensor, temb: Tensor, rotary: Tensor, text_mask: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(temb)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(temb)[:, None].chunk(6, dim=-1)
         h = (1 + scale_a) * F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) + shift_a
         x = x + gate_a * self.attention(h, text, rotary, text_mask)
         h = (1 + scale_m) * F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) + shift_m

@@ -1,8 +1,9 @@
 """What stands between a block's matrix products, alone: eager and compiled, against the least bytes it must move.
 
-These parts are no kernels of this project; test_blocks.py has what is. Beside a profile of the step, the rows say what
-one could win: the share of the floor that the compiler reaches, times the part's share of the step. "Ours" is what the
-model runs, the compiled.
+"Ours" is our kernel, or where we have none the compiled form. The model runs that too, but for GELU x up, which it
+leaves to the compiler (docs/kernels.md). Beside a profile of the step, compiled rows say what a kernel could win: the
+share of the floor that the compiler reaches, times the part's share of the step.
+The way from projections to attention is in test_blocks.py.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,8 @@ from benchmarks.passes import Which
 from benchmarks.peers import require
 from benchmarks.roofline import Cost
 from benchmarks.sizes import CONFIG, GPU
-from prx_model.layers import modulate
+from prx_kernels import geglu, norm_modulate, residual_gate_norm_modulate
+from prx_model.layers import NORM_EPS
 
 CLOCKS = ("device",)
 DTYPE = torch.bfloat16 if GPU else torch.float32
@@ -30,13 +32,27 @@ CASES = [(32, 128), (16, 512)] if GPU else [(2, 4)]
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    return x + gate * branch
+    return x + gate[:, None] * branch
 
 
-def residual_and_modulation(x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor) -> Any:
+def modulated(x: Tensor, modulation: Tensor) -> Tensor:
+    """`LayerNorm(x)·(1 + scale) + shift`."""
+    shift, scale = modulation[:, None].chunk(2, dim=-1)
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+
+
+def residual_and_modulation(x: Tensor, branch: Tensor, modulation: Tensor) -> Any:
     """The end of one branch and the beginning of the next: the new x, and what the next products read."""
-    x = x + gate * branch
-    return x, modulate(x, shift, scale)
+    x = gated_residual(x, branch, modulation[:, : x.shape[-1]])
+    return x, modulated(x, modulation[:, x.shape[-1] :])
+
+
+def our_modulated(x: Tensor, modulation: Tensor) -> Tensor:
+    return norm_modulate(x, modulation, eps=NORM_EPS)[1]
+
+
+def our_residual_and_modulation(x: Tensor, branch: Tensor, modulation: Tensor) -> Any:
+    return residual_gate_norm_modulate(x, branch, modulation, eps=NORM_EPS)[:2]
 
 
 def gelu_times_up(gate: Tensor, up: Tensor) -> Tensor:
@@ -58,21 +74,33 @@ class Part:
     wide: tuple[int, ...]
     """Widths of its (batch, N, width) inputs, in hidden sizes; 0 is the MLP's width."""
     vectors: int
-    """Its (batch, 1, hidden) inputs."""
+    """Vectors of `hidden` numbers a sample, beside one another in one input; 0 for no such input."""
     forward: int
     backward: int
     """Passes over (batch, N, hidden), or over (batch, N, MLP width): inputs read once, outputs written once."""
+    ours: Callable[..., Any] | None = None
+    """Our kernel's way, if we have one."""
 
 
 PARTS = {
-    "LayerNorm + modulation": Part(modulate, (1,), 2, 2, 3),  # x read, h written; both read, the gradient written
+    # x read, h written; both read, the gradient written.
+    "LayerNorm + modulation": Part(modulated, (1,), 2, 2, 3, our_modulated),
     "gated residual": Part(gated_residual, (1, 1), 1, 3, 3),  # the gradient of x is that of the output
-    "gated residual + LayerNorm + modulation": Part(residual_and_modulation, (1, 1), 3, 4, 6),
-    "GELU x up": Part(gelu_times_up, (0, 0), 0, 3, 5),
+    "gated residual + LayerNorm + modulation": Part(
+        residual_and_modulation, (1, 1), 3, 4, 6, our_residual_and_modulation
+    ),
+    "GELU x up": Part(gelu_times_up, (0, 0), 0, 3, 5, geglu),
 }
-WAYS = ("eager", "compiled", "liger-kernel")
-ROWS = [(name, way) for name in PARTS for way in WAYS if way != "liger-kernel" or PARTS[name].function is gelu_times_up]
-"""liger-kernel has GELU x up of these, and no modulation."""
+WAYS = ("ours", "eager", "compiled", "liger-kernel")
+
+
+def ways(part: Part) -> list[str]:
+    """liger-kernel has GELU x up of these, and no modulation."""
+    left_out = {"ours"} if part.ours is None else set()
+    return [way for way in WAYS if way not in left_out and (way != "liger-kernel" or part.function is gelu_times_up)]
+
+
+ROWS = [(name, way) for name, part in PARTS.items() for way in ways(part)]
 
 
 def make_inputs(part: Part, batch: int, tokens: int) -> Callable[[int], tuple[Tensor, ...]]:
@@ -86,7 +114,7 @@ def make_inputs(part: Part, batch: int, tokens: int) -> Callable[[int], tuple[Te
 
         widths = [times * CONFIG.hidden_size or CONFIG.mlp_size for times in part.wide]
         made = [random(batch, tokens, width) for width in widths]
-        made += [random(batch, 1, CONFIG.hidden_size) for _ in range(part.vectors)]
+        made += [random(batch, part.vectors * CONFIG.hidden_size)] if part.vectors else []
         return tuple(made)
 
     return inputs
@@ -104,7 +132,7 @@ def cost(part: Part, batch: int, tokens: int, which: Which) -> Cost:
 @pytest.mark.parametrize(("batch", "tokens"), CASES)
 def test_pointwise(measure: Measure, batch: int, tokens: int, name: str, which: Which, way: str) -> None:
     part = PARTS[name]
-    function = part.function
+    function = part.ours if way == "ours" and part.ours is not None else part.function
     if way == "liger-kernel":
         require("liger-kernel")
         function = liger
@@ -121,5 +149,5 @@ def test_pointwise(measure: Measure, batch: int, tokens: int, name: str, which: 
         cost=cost(part, batch, tokens, which),
         # One rounding of inputs and outputs to bf16's 8 bits, and sums over tokens of such numbers.
         tolerance=2e-2 if GPU else 1e-5,
-        ours=way == "compiled",
+        ours=way == ("compiled" if part.ours is None else "ours"),
     )

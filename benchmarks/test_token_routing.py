@@ -152,92 +152,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, backend="inductor" if GPU else "aot_eager")
 
 
-def fused_entry(x: Tensor, keep: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    y, h, _ = prx_kernels.enter_route_modulate(x, keep, shift, scale)
-    return y, h
-
-
-def plain_entry(x: Tensor, keep: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    y = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-    h = torch.nn.functional.layer_norm(y, y.shape[-1:], eps=1e-6)
-    return y, (1 + scale[:, None]) * h + shift[:, None]
-
-
-def fused_exit(byp: Tensor, keep: Tensor, y: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    return prx_kernels.exit_route_gated(y, branch, gate, byp, keep)
-
-
-def plain_exit(byp: Tensor, keep: Tensor, y: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
-    return byp.scatter(1, keep.unsqueeze(-1).expand(-1, -1, byp.shape[-1]), y + gate[:, None] * branch)
-
-
-FUSED: dict[str, tuple[Callable[..., Any], bool]] = {
-    "ours fused": (fused_entry, False), "plain": (plain_entry, False), "plain compiled": (plain_entry, True),
-}  # fmt: skip
-FUSED_EXIT: dict[str, tuple[Callable[..., Any], bool]] = {
-    "ours fused": (fused_exit, False), "plain": (plain_exit, False), "plain compiled": (plain_exit, True),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("way", FUSED)
-@pytest.mark.parametrize("which", ["forward", "both"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_enter_and_modulate(measure: Measure, case: Case, which: Which, way: str) -> None:
-    function, compile_it = FUSED[way]
-    base = make_inputs(case)
-
-    def inputs(seed: int) -> tuple[Tensor, ...]:
-        x, keep, _, _ = base(seed)
-        return x, keep, *_vectors(case, seed, 2)
-
-    rows, full = (case.batch * n * case.channels * x_bytes() for n in (case.kept, case.tokens))
-    # Forward reads K rows and writes y and h; backward reads both gradients and y, and writes N rows.
-    backward = 3 * rows + full
-    measure(
-        op="enter route + LayerNorm + modulation",
-        case=str(case),
-        which=which,
-        way=way,
-        function=compiled(function) if compile_it else function,
-        inputs=inputs,
-        reference=plain_entry,
-        cost=Cost(3 * rows + (backward if which == "both" else 0)),
-        # One rounding of outputs and of sums over tokens, as the same formula in this dtype has.
-        tolerance=2e-2 if GPU else 1e-5,
-        ours=way.startswith("ours"),
-    )
-
-
-@pytest.mark.parametrize("way", FUSED_EXIT)
-@pytest.mark.parametrize("which", ["forward", "both"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_gate_and_exit(measure: Measure, case: Case, which: Which, way: str) -> None:
-    function, compile_it = FUSED_EXIT[way]
-    base = make_inputs(case)
-
-    def inputs(seed: int) -> tuple[Tensor, ...]:
-        x, keep, _, y = base(seed)
-        branch = torch.randn(y.shape, generator=torch.Generator(device()).manual_seed(seed + 1), device=device()).to(y)
-        return x, keep, y.requires_grad_(), branch.requires_grad_(), *_vectors(case, seed, 1)
-
-    rows, full = (case.batch * n * case.channels * x_bytes() for n in (case.kept, case.tokens))
-    # Forward reads y, branch and the other rows, writes all; backward reads the kept gradients and the branch, writes
-    # two gradients of K rows, and clears the kept rows of the third.
-    forward, backward = 2 * rows + (full - rows) + full, 4 * rows + (full - rows) + full
-    measure(
-        op="gated residual + exit route",
-        case=str(case),
-        which=which,
-        way=way,
-        function=compiled(function) if compile_it else function,
-        inputs=inputs,
-        reference=plain_exit,
-        cost=Cost(forward + (backward if which == "both" else 0)),
-        tolerance=2e-2 if GPU else 1e-5,
-        ours=way.startswith("ours"),
-    )
-
-
 @pytest.mark.parametrize("way", ["ours", "rand + argsort + sort"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.channels == CASES[0].channels], ids=str)
 def test_sample_keep(measure: Measure, case: Case, way: str) -> None:
@@ -267,15 +181,3 @@ def test_sample_keep(measure: Measure, case: Case, way: str) -> None:
         tolerance=0.0,
         ours=way == "ours",
     )
-
-
-def _vectors(case: Case, seed: int, count: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator(device()).manual_seed(10_000 + seed)
-    return tuple(
-        torch.randn(case.batch, case.channels, generator=generator, device=device()).to(DTYPE).requires_grad_()
-        for _ in range(count)
-    )
-
-
-def x_bytes() -> int:
-    return torch.tensor([], dtype=DTYPE).element_size()

@@ -4,7 +4,7 @@ Needs torch; Triton where there is a GPU. Every op has a plain-PyTorch definitio
 """
 
 from . import reference as reference
-from .blocks import qk_norm_rope
+from .blocks import geglu, norm_modulate, qk_norm_rope, residual_gate_norm_modulate
 from .muon import Muon, assign_owners, muon_groups
 from .newton_schulz import newton_schulz, newton_schulz_flop, safe_restarts, sym_gemm, zeropower_via_newtonschulz5
 from .noise import philox_normal, philox_uniform
@@ -14,9 +14,7 @@ from .routing import (
     Entries,
     Route,
     enter_route,
-    enter_route_modulate,
     exit_route,
-    exit_route_gated,
     gather_tokens,
     kept_tokens,
     route_blocks,
@@ -33,19 +31,20 @@ __all__ = [
     "Route",
     "assign_owners",
     "enter_route",
-    "enter_route_modulate",
     "exit_route",
-    "exit_route_gated",
     "gather_tokens",
+    "geglu",
     "kept_tokens",
     "muon_groups",
     "newton_schulz",
     "newton_schulz_flop",
+    "norm_modulate",
     "patch_embed",
     "patchify",
     "philox_normal",
     "philox_uniform",
     "qk_norm_rope",
+    "residual_gate_norm_modulate",
     "route_blocks",
     "safe_restarts",
     "sample_keep",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prx_kernels import qk_norm_rope
+from prx_kernels import norm_modulate, qk_norm_rope, residual_gate_norm_modulate
 
 from .attention import Backend, attend, attend_packed
 from .config import PRXConfig
@@ -42,11 +42,6 @@ def rotary_table(rows: int, columns: int, axes_dim: tuple[int, int], theta: int,
         angles.append(position[:, None] * frequency[None, :])
     angle = torch.cat(angles, dim=-1)
     return torch.stack((angle.cos(), angle.sin()), dim=-1).float()[None]
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`(1 + scale)·LayerNorm(x) + shift`, the norm without parameters (DiT, https://arxiv.org/abs/2212.09748)."""
-    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) + shift
 
 
 class TimeEmbedder(nn.Module):
@@ -105,15 +100,15 @@ class Attention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN-zero: shift, scale and gate for attention and for the MLP, each (batch, 1, hidden)."""
+    """adaLN-zero: shift, scale and gate for attention and for the MLP, beside one another: (batch, 6·hidden)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.lin = nn.Linear(hidden_size, 6 * hidden_size)
 
-    def forward(self, temb: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, temb: Tensor) -> Tensor:
         out: Tensor = self.lin(F.silu(temb))
-        return out[:, None, :].chunk(6, dim=-1)
+        return out
 
 
 class PRXBlock(nn.Module):
@@ -139,10 +134,12 @@ class PRXBlock(nn.Module):
         text_mask: Tensor | None = None,
         text_offsets: Tensor | None = None,
     ) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(temb)
-        x = x + gate_a * self.attention(modulate(x, shift_a, scale_a), text, rotary, text_mask, text_offsets)
-        h = modulate(x, shift_m, scale_m)
-        return x + gate_m * self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
+        width = x.shape[2]
+        before, between, gate = self.modulation(temb).split((2 * width, 3 * width, width), dim=1)
+        x, h = norm_modulate(x, before, eps=NORM_EPS)
+        branch = self.attention(h, text, rotary, text_mask, text_offsets)
+        x, h, again = residual_gate_norm_modulate(x, branch, between, eps=NORM_EPS)
+        return x + gate[:, None] * self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(again))
 
 
 class FinalLayer(nn.Module):
@@ -154,6 +151,6 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.hidden_size, 2 * config.hidden_size))
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(temb)[:, None, :].chunk(2, dim=-1)
-        out: Tensor = self.linear(modulate(x, shift, scale))
+        _, h = norm_modulate(x, self.adaLN_modulation(temb), eps=NORM_EPS)
+        out: Tensor = self.linear(h)
         return out

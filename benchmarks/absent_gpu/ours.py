@@ -9,6 +9,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks import tiles
 from benchmarks.absent_gpu.launchers import Call
 from benchmarks.roofline import Cost
+from prx_kernels.blocks.modulation_kernels import chunks
 from prx_kernels.launch import Config
 
 
@@ -68,6 +69,15 @@ def _qk_norm_rope_backward(
     return _size(grad_q) + _size(grad_k) + _size(grad_v) + _size(img_qkv) * 2 // 3 + _size(img_qkv) + _size(rope) + text
 
 
+def _modulation_backward(
+    grad_y: Tensor | None, grad_h: Tensor, again: Tensor | None, y: Tensor, branch: Tensor | None, modulation: Tensor,
+    *_: Any,
+) -> int:  # fmt: skip
+    """Rows are read and written once, where there are some; float32 parts of the sums are written."""
+    rows = 3 + (grad_y is not None) + (again is not None) + 2 * (branch is not None)
+    return rows * _size(y) + chunks(*y.shape[:2])[1] * modulation.numel() * 4 + _size(modulation)
+
+
 # Routing touches only the rows that move. Rows of y all lie in x's place; `keep` is read once.
 _BYTES: dict[str, Callable[..., int]] = {
     "gather_tokens": lambda x, keep: 2 * _rows(x, keep) + _size(keep),
@@ -77,10 +87,6 @@ _BYTES: dict[str, Callable[..., int]] = {
     "add_tokens": lambda x, y, keep: 2 * _size(x) + _size(y) + _size(keep),
     "clear_tokens_": lambda x, keep: _rows(x, keep) + _size(keep),
     "add_tokens_": lambda x, y, keep: 3 * _size(y) + _size(keep),
-    "enter_route_modulate": lambda x, keep, shift, scale, eps: (
-        3 * _rows(x, keep) + _size(keep) + _size(shift) + _size(scale)
-    ),
-    "exit_route_gated": lambda y, branch, gate, byp, keep: 2 * _size(byp) + _size(y) + _size(gate) + _size(keep),
     # Muon: momentum and weights are read and written, updates and copies of weights are written only.
     "momentum_update": lambda grads, buffers, outs, *_: (
         sum(map(_size, grads)) + 2 * sum(map(_size, buffers)) + sum(map(_size, outs))
@@ -89,6 +95,6 @@ _BYTES: dict[str, Callable[..., int]] = {
         2 * sum(map(_size, params)) + sum(map(_size, updates)) + sum(map(_size, copies))
     ),
     "scaled_copy": lambda sources, outs, *_: sum(map(_size, sources)) + sum(map(_size, outs)),
+    "residual_gate_norm_modulate_backward": _modulation_backward,
     "qk_norm_rope_backward": _qk_norm_rope_backward,
-    "gate_backward": lambda grad, branch, gate, keep: 4 * _rows(grad, keep) + 2 * _size(gate) + _size(keep),
 }

@@ -42,7 +42,7 @@ def forward(
             kernels._forward_kernel[(text_programs + batch * tokens, -(-heads // config.options["HEADS"]))](
                 q, k, v, img, txt, *weights, rope, q if txt_offsets is None else txt_offsets,
                 batch, tokens, length, text_programs, rows, heads, *strides, eps,
-                TEXT=text, ALIGN=alignment(*strides[:4]), ACC=_accumulator(img), SAMPLES=_samples(text, batch),
+                TEXT=text, ALIGN=alignment(*strides[:4]), ACC=accumulator(img), SAMPLES=_samples(text, batch),
                 HEAD_DIM=head_dim, **config.options,
             )  # fmt: skip
     return q, k, v
@@ -65,9 +65,9 @@ def backward(
     blocks = -(-heads // config.options["HEADS"])
     chunk = max(1, -(-(batch * tokens + rows) * blocks // _MOST_PROGRAMS))
     programs = -(-batch * tokens // chunk), -(-rows // chunk)
-    accumulator = torch.float64 if img_qkv.dtype == torch.float64 else torch.float32
-    sums = torch.empty(((2 * programs[0] + programs[1]) * blocks, head_dim), dtype=accumulator, device=device)
-    grads = [_dense_rows(x) for x in (grad_q, grad_k, grad_v)]
+    kind = torch.float64 if img_qkv.dtype == torch.float64 else torch.float32
+    sums = torch.empty(((2 * programs[0] + programs[1]) * blocks, head_dim), dtype=kind, device=device)
+    grads = [dense_rows(x) for x in (grad_q, grad_k, grad_v)]
     grad_strides = [n for x in grads for n in (x.stride()[:3] if x.ndim == 4 else (0, *x.stride()[:2]))]
     img, txt, weights, rope, strides = _inputs(img_qkv, txt_kv, of_weights, rope)
     summing = tuned(SUM, head_dim, device).options
@@ -77,11 +77,11 @@ def backward(
                 grad_img, grad_txt, sums, *grads, img, txt, *weights, rope,
                 grad_q if txt_offsets is None else txt_offsets,
                 batch, tokens, length, programs[0], chunk, batch * tokens, rows, heads, *grad_strides, *strides, eps,
-                TEXT=text, ALIGN=alignment(*strides[:4], *grad_strides), ACC=_accumulator(img),
+                TEXT=text, ALIGN=alignment(*strides[:4], *grad_strides), ACC=accumulator(img),
                 SAMPLES=_samples(text, batch), HEAD_DIM=head_dim, **config.options,
             )  # fmt: skip
         kernels._sum_kernel[(3, -(-head_dim // summing["COLS"]))](
-            grad_weights, sums, programs[0] * blocks, programs[1] * blocks, ACC=_accumulator(img), HEAD_DIM=head_dim,
+            grad_weights, sums, programs[0] * blocks, programs[1] * blocks, ACC=accumulator(img), HEAD_DIM=head_dim,
             **summing,
         )  # fmt: skip
     return grad_img, grad_txt, grad_weights
@@ -111,8 +111,8 @@ def _inputs(
     img_qkv: Tensor, txt_kv: Tensor | None, weights: tuple[Tensor, Tensor, Tensor | None], rope: Tensor
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, tuple[int, ...]]:
     """What the kernels read, rows dense, and the strides of image, text and tables; the image stands for no text."""
-    img = _dense_rows(img_qkv)
-    txt = img if txt_kv is None else _dense_rows(txt_kv)
+    img = dense_rows(img_qkv)
+    txt = img if txt_kv is None else dense_rows(txt_kv)
     rope = (rope[:1] if rope.stride(0) == 0 else rope).contiguous()
     of_text = (txt.stride(0), txt.stride(1)) if txt.ndim == 3 else (0, txt.stride(0))
     strides = (img.stride(0), img.stride(1), *of_text, 0 if rope.shape[0] == 1 else rope.shape[1])
@@ -120,7 +120,8 @@ def _inputs(
     return img, txt, dense, rope, strides
 
 
-def _dense_rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
+    """x, copied where the numbers of a row are apart."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -136,5 +137,6 @@ def _samples(text: int, batch: int) -> int:
     return 1 << max(batch - 1, 0).bit_length() if text in (_PACKED, _PACKED_KEYS) else 1
 
 
-def _accumulator(x: Tensor) -> Any:
+def accumulator(x: Tensor) -> Any:
+    """Triton's type that sums are formed in."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32

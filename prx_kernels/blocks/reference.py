@@ -143,3 +143,72 @@ def _heads(x: Tensor, parts: int, weight: Tensor) -> tuple[Tensor, ...]:
     """(…, parts·heads·D) -> `parts` views (…, heads, D)."""
     head_dim = weight.shape[0]
     return x.reshape(*x.shape[:-1], parts, x.shape[-1] // (parts * head_dim), head_dim).unbind(-3)
+
+
+# --- residual, gate, LayerNorm, modulation ---------------------------------------------------------------------------
+
+
+def norm_modulate(x: Tensor, modulation: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """`LayerNorm(x)·(1 + scale) + shift` of x (batch, N, C); modulation (batch, 2·C) is shift and scale.
+
+    Statistics and modulation in float32 (float64 for float64), rounded once to the dtype of x.
+    """
+    shift, scale = modulation.to(widened(x).dtype)[:, None].chunk(2, dim=-1)
+    return (F.layer_norm(widened(x), x.shape[-1:], eps=eps) * (1 + scale) + shift).to(x.dtype)
+
+
+def residual_gate_norm_modulate(
+    x: Tensor, branch: Tensor, modulation: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """The sum y = x + gate·branch in the dtype of x, and `norm_modulate` of it; modulation is gate, shift and scale."""
+    width = x.shape[-1]
+    gate = modulation[:, None, :width].to(widened(x).dtype)
+    y = (widened(x) + gate * widened(branch)).to(x.dtype)
+    return y, norm_modulate(y, modulation[:, width:], eps=eps)
+
+
+def residual_gate_norm_modulate_backward(
+    grad_y: Tensor | None,
+    grad_h: Tensor,
+    again: Tensor | None,
+    y: Tensor,
+    branch: Tensor | None,
+    modulation: Tensor,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Gradients by x, by branch if there is one, and (batch, 1, 2·C or 3·C) by the modulation, not rounded.
+
+    grad_y is the gradient of the sum y by other ways, if there are some. Without a branch y is x, which passes through.
+    Where two products read the modulated norm, its gradient is the sum of grad_h and again.
+    """
+    wide, grad = widened(y), widened(grad_h) if again is None else widened(grad_h) + widened(again)
+    centred = wide - wide.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normed = centred * rstd
+    width = y.shape[-1]
+    scaled = grad * (1 + modulation.to(wide.dtype)[:, None, -width:])
+    inner = scaled.mean(-1, keepdim=True) + normed * (scaled * normed).mean(-1, keepdim=True)
+    total = rstd * (scaled - inner) + (0.0 if grad_y is None else widened(grad_y))
+    of_vectors = [grad.sum(1), (grad * normed).sum(1)]
+    grad_branch = None
+    if branch is not None:
+        grad_branch = (total * modulation.to(wide.dtype)[:, None, :width]).to(branch.dtype)
+        of_vectors = [(total * widened(branch)).sum(1), *of_vectors]
+    return total.to(y.dtype), grad_branch, torch.cat(of_vectors, dim=1)[:, None]
+
+
+# --- gated GELU --------------------------------------------------------------------------------------------------
+
+
+def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
+    """`GELU(gate)·up`, formed in float32 (float64 for float64) and rounded once to the dtype of gate."""
+    return (F.gelu(widened(gate), approximate=approximate) * widened(up)).to(gate.dtype)
+
+
+def geglu_backward(grad: Tensor, gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> tuple[Tensor, Tensor]:
+    """Gradients of `geglu` by gate and by up."""
+    wide = widened(gate)
+    of_up = widened(grad) * F.gelu(wide, approximate=approximate)
+    of_gate = torch.ops.aten.gelu_backward(widened(grad) * widened(up), wide, approximate=approximate)
+    return of_gate.to(gate.dtype), of_up.to(gate.dtype)

@@ -1,10 +1,8 @@
-"""Plain-PyTorch definition of token routing (TREAD, https://arxiv.org/abs/2501.04765), alone and fused."""
+"""Plain-PyTorch definition of token routing (TREAD, https://arxiv.org/abs/2501.04765)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..launch import widened
 from ..noise.reference import philox_uint32
 
 
@@ -63,44 +61,6 @@ def clear_tokens(x: Tensor, keep: Tensor) -> Tensor:
 def add_tokens(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
     """x (batch, N, ...) plus y (batch, K, ...) at rows `keep`: what `enter_route` makes of its two gradients."""
     return x.scatter_add(1, _row_index(keep, x), y)
-
-
-def enter_route_modulate(
-    x: Tensor, keep: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Kept rows y of x, `LayerNorm(y)·(1 + scale) + shift` of them, and x. shift and scale are (batch, C).
-
-    Statistics and modulation in float32 (float64 for float64), results in the dtype of x.
-    """
-    y = gather_tokens(x, keep)
-    normed = F.layer_norm(widened(y), y.shape[-1:], eps=eps)
-    return y, (normed * (1 + widened(scale)[:, None]) + widened(shift)[:, None]).to(x.dtype), x
-
-
-def modulate_backward(
-    grad_y: Tensor, grad_h: Tensor, y: Tensor, scale: Tensor, *, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `enter_route_modulate` by y (both paths), shift (accumulation dtype) and scale."""
-    wide = widened(y)
-    centred = wide - wide.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    normed = centred * rstd
-    grad = widened(grad_h) * (1 + widened(scale)[:, None])
-    inner = grad.mean(-1, keepdim=True) + normed * (grad * normed).mean(-1, keepdim=True)
-    rows = widened(grad_y) + rstd * (grad - inner)
-    return rows.to(y.dtype), widened(grad_h).sum(1), (widened(grad_h) * normed).sum(1).to(scale.dtype)
-
-
-def exit_route_gated(y: Tensor, branch: Tensor, gate: Tensor, byp: Tensor, keep: Tensor) -> Tensor:
-    """`scatter_tokens(byp, y + gate·branch, keep)`; gate is (batch, C), the sum is formed in float32 or float64."""
-    return scatter_tokens(byp, (widened(y) + widened(gate)[:, None] * widened(branch)).to(y.dtype), keep)
-
-
-def gate_backward(grad: Tensor, branch: Tensor, gate: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `exit_route_gated` by y, branch and gate."""
-    grad_y = gather_tokens(grad, keep)
-    grad_branch = (widened(gate)[:, None] * widened(grad_y)).to(branch.dtype)
-    return grad_y, grad_branch, (widened(grad_y) * widened(branch)).sum(1).to(gate.dtype)
 
 
 def _row_index(keep: Tensor, x: Tensor) -> Tensor:

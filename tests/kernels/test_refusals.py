@@ -12,15 +12,16 @@ from torch.autograd import forward_ad
 from prx_kernels import (
     BottleneckPatchEmbed,
     enter_route,
-    enter_route_modulate,
     exit_route,
-    exit_route_gated,
     gather_tokens,
+    geglu,
+    norm_modulate,
     patch_embed,
     patchify,
     philox_normal,
     qk_norm_rope,
     reference,
+    residual_gate_norm_modulate,
     scatter_tokens,
     sym_gemm,
     x_prediction_loss,
@@ -29,7 +30,8 @@ from prx_kernels import (
 KEEP = torch.tensor([[0, 2], [1, 3]])
 IMAGE, T = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.7])
 TOKENS, ROWS, PREDICTED = torch.randn(2, 6, 4), torch.randn(2, 2, 4), torch.randn(2, 4, 48)
-WEIGHT, VECTOR = torch.randn(5, 48), torch.randn(2, 4)
+WEIGHT = torch.randn(5, 48)
+VECTORS = torch.randn(2, 12)
 QKV, NORM, ROPE = torch.randn(2, 3, 3 * 2 * 4), torch.rand(4), torch.randn(1, 3, 2, 2)
 
 
@@ -38,13 +40,16 @@ FUNCTIONS = [
     (lambda x: scatter_tokens(x, ROWS, KEEP), TOKENS),
     (lambda y: exit_route(y, TOKENS, KEEP), ROWS),
     (lambda x: enter_route(x, KEEP)[0], TOKENS),
-    (lambda shift: enter_route_modulate(TOKENS, KEEP, shift, shift)[1], VECTOR),
-    (lambda gate: exit_route_gated(ROWS, ROWS, gate, TOKENS, KEEP), VECTOR),
     (lambda image: patch_embed(image, WEIGHT, None, None, None, 4), IMAGE),
     (lambda weight: patch_embed(IMAGE, weight, None, None, None, 4), WEIGHT),
     (lambda tokens: x_prediction_loss(tokens, IMAGE, T, 4), PREDICTED),
     (lambda qkv: qk_norm_rope(qkv, NORM, NORM, ROPE)[0], QKV),
     (lambda weight: qk_norm_rope(QKV, weight, NORM, ROPE)[0], NORM),
+    (lambda gate: geglu(gate, TOKENS), TOKENS),
+    (lambda up: geglu(TOKENS, up), TOKENS),
+    (lambda x: residual_gate_norm_modulate(x, x, VECTORS)[1], TOKENS),
+    (lambda vectors: residual_gate_norm_modulate(TOKENS, TOKENS, vectors)[0], VECTORS),
+    (lambda vectors: norm_modulate(TOKENS, vectors[:, :8])[1], VECTORS),
 ]
 
 
@@ -76,7 +81,7 @@ def test_derivatives_of_torch_func_are_right_or_refused_by_name(function, x, tra
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize(("function", "x"), [pair for number, pair in enumerate(FUNCTIONS) if number not in (3, 4)])
+@pytest.mark.parametrize(("function", "x"), [pair for number, pair in enumerate(FUNCTIONS) if number != 3])
 def test_vmap_without_derivatives_is_right(function, x):
     both = torch.stack([x, x * 0.5])
     torch.testing.assert_close(torch.func.vmap(function)(both), torch.stack([function(part) for part in both]))
@@ -88,8 +93,9 @@ ON_ONE_DEVICE = [
     (scatter_tokens, (TOKENS, ROWS, KEEP)),
     (enter_route, (TOKENS, KEEP)),
     (exit_route, (ROWS, TOKENS, KEEP)),
-    (enter_route_modulate, (TOKENS, KEEP, VECTOR, VECTOR)),
-    (exit_route_gated, (ROWS, ROWS, VECTOR, TOKENS, KEEP)),
+    (geglu, (TOKENS, TOKENS)),
+    (norm_modulate, (TOKENS, VECTORS[:, :8])),
+    (residual_gate_norm_modulate, (TOKENS, TOKENS, VECTORS)),
     (qk_norm_rope, (QKV, NORM, NORM, ROPE, torch.randn(2, 5, 2 * 2 * 4), NORM)),
     (x_prediction_loss, (PREDICTED, IMAGE, T, 4)),
     (sym_gemm, (WEIGHT, WEIGHT)),

@@ -17,11 +17,8 @@ from .conftest import ROOT
 ROUTING = """
 def run(ops):
     x = torch.linspace(-1, 1, 96).view(2, 8, 6).requires_grad_()
-    shift, scale, gate = (torch.full((2, 6), value, requires_grad=True) for value in (0.1, 0.2, 0.3))
     keep = ops.sample_keep(torch.arange(2), 8, 0.5, seed=torch.tensor(7))
-    y, h, byp = ops.enter_route_modulate(x, keep, shift, scale)
-    out = ops.exit_route_gated(y, h.sin(), gate, byp, keep)
-    y, byp = ops.enter_route(out, keep)
+    y, byp = ops.enter_route(x, keep)
     out = ops.exit_route(y.exp(), byp, keep)
     model = torch.nn.Sequential(*(torch.nn.Linear(6, 6, dtype=torch.float64) for _ in range(3)))
     for value in model.parameters():
@@ -29,7 +26,7 @@ def run(ops):
     ops.route_blocks(model, 0, 1, 0.5).fixed = keep
     routed = model(out.double())
     routed.square().sum().backward()
-    return [keep, out, routed, x.grad, shift.grad, scale.grad, gate.grad, model[0].weight.grad]
+    return [keep, out, routed, x.grad, model[0].weight.grad]
 """
 NEWTON_SCHULZ = """
 def run(ops):
@@ -75,8 +72,13 @@ def run(ops):
     offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
     rope = torch.stack((angle.cos(), angle.sin()), dim=-1)
     out = ops.qk_norm_rope(img, *weights[:2], rope, txt, weights[2], txt_offsets=offsets, txt_length=3)
+    stream = torch.linspace(0, 2, 48).cos().view(2, 3, 8).requires_grad_()
+    projection = torch.linspace(-1, 1, 80).view(2, 40).requires_grad_()
+    x, h = ops.norm_modulate(stream, projection[:, :16])
+    out = *out, *ops.residual_gate_norm_modulate(x, h.sin(), projection[:, 16:])[:2]
+    out = *out, ops.geglu(projection[:, ::2], projection[:, 1::2])
     sum((i + 1) * x.square().sin().sum() for i, x in enumerate(out)).backward()
-    return [*out, img.grad, txt.grad, *(weight.grad for weight in weights)]
+    return [*out, img.grad, txt.grad, stream.grad, projection.grad, *(weight.grad for weight in weights)]
 """
 USES = {"routing": ROUTING, "newton_schulz": NEWTON_SCHULZ, "muon": MUON, "patch_embed": PATCH_EMBED}
 USES |= {"blocks": BLOCKS, "pixel_loss": PIXEL_LOSS, "noise": NOISE}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prx_kernels import reference
-from prx_kernels.blocks import launch
+from prx_kernels.blocks import gated_gelu, launch, modulation_kernels
 
 EPS = 1e-6
 # (batch, tokens, heads, D): one of each, heads that fill no tile, D no power of two, more heads than a tile has.
@@ -128,3 +129,62 @@ def compare(actual: tuple[Tensor, ...], plain: tuple[Tensor, ...], truth: tuple[
         rounding = ulps * torch.finfo(got.dtype).eps * exact.abs().max()
         error, allowed = ((x.double() - exact).abs().max() for x in (got, formula))
         assert error <= 2 * allowed + rounding, (got.shape, got.dtype, error, allowed)
+
+
+# --- residual, gate, LayerNorm, modulation ---------------------------------------------------------------------------
+
+# (batch, tokens, C): one of each, rows that fill no tile, a tile exactly, several rows a program.
+ROWS = [(1, 1, 1), (2, 3, 5), (3, 7, 70), (2, 2, 512), (1, 3, 1000)]
+
+
+def check_modulation(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str, *, vectors: torch.dtype | None = None
+) -> None:
+    """Both forms, forward and backward, with every set of incoming gradients."""
+    batch, _, width = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    x, branch, grad_x, grad_y, grad_h = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(5))
+    # Read in place from a wider projection, as a block does.
+    wide = torch.randn(batch, 6 * width, generator=generator).to(device, vectors or dtype)
+    for side, given in ((None, wide[:, : 2 * width]), (branch, wide[:, 2 * width : 5 * width])):
+        inputs = x, side, given
+        compare(modulation_kernels.forward(*inputs, EPS), plain_modulation(*inputs), plain_modulation(*doubled(inputs)))
+        for other, again in ((grad_y, grad_x), (grad_y, None), (None, None)):
+            arguments = (other, grad_h, again, *inputs)
+            actual = modulation_kernels.backward(*arguments, EPS)
+            plain = reference.residual_gate_norm_modulate_backward(*arguments, eps=EPS)
+            exact = reference.residual_gate_norm_modulate_backward(*doubled(arguments), eps=EPS)
+            compare(*([made[0], made[2].sum(1)] for made in (actual, plain, exact)))  # type: ignore[arg-type]
+            if plain[1] is not None and exact[1] is not None:
+                compare((actual[1],), (plain[1],), (exact[1],))
+
+
+def doubled(tensors: tuple[Tensor | None, ...]) -> Any:
+    """The same numbers in float64."""
+    return [t if t is None else t.double() for t in tensors]
+
+
+def plain_modulation(x: Tensor, branch: Tensor | None, modulation: Tensor) -> tuple[Tensor, Tensor]:
+    if branch is None:
+        return x, reference.norm_modulate(x, modulation, eps=EPS)
+    return reference.residual_gate_norm_modulate(x, branch, modulation, eps=EPS)
+
+
+# --- gated GELU --------------------------------------------------------------------------------------------------
+
+
+def check_geglu(shape: tuple[int, ...], dtype: torch.dtype, device: str, approximate: str) -> None:
+    """Of two tensors and of halves of one, forward and backward, from -8 to 8."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    wide = (torch.rand(*shape[:-1], 2 * shape[-1], generator=generator) * 16 - 8).to(device, dtype)
+    grad = torch.randn(shape, generator=generator).to(device, dtype)
+    halves = wide.chunk(2, dim=-1)
+    for inputs in (halves, tuple(half.contiguous() for half in halves)):
+        exact: Any = doubled(inputs)
+        formula = (reference.geglu(*given, approximate=approximate) for given in (inputs, exact))
+        compare((gated_gelu.launch_geglu(*inputs, approximate),), *((x,) for x in formula))  # type: ignore[arg-type]
+        compare(
+            gated_gelu.launch_geglu_backward(grad, *inputs, approximate),
+            reference.geglu_backward(grad, *inputs, approximate=approximate),
+            reference.geglu_backward(grad.double(), *exact, approximate=approximate),
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prx_kernels.blocks import launch
+from prx_kernels.blocks import launch, modulation_kernels
 from tests.kernels.blocks import checks
 
 
@@ -44,3 +44,27 @@ def test_offsets_beyond_the_rows_read_nothing():
     rows = case.txt_kv.shape[0] - 2
     assert torch.count_nonzero(k[1, rows : case.txt_length]) == torch.count_nonzero(v[1, rows : case.txt_length]) == 0
     assert torch.isfinite(k).all()
+
+
+@pytest.mark.parametrize("shape", checks.ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_modulation(shape, dtype):
+    checks.check_modulation(shape, dtype, "cpu")
+
+
+def test_modulation_by_vectors_of_another_dtype():
+    checks.check_modulation(checks.ROWS[2], torch.float16, "cpu", vectors=torch.float32)
+
+
+def test_modulation_of_many_rows_a_program(monkeypatch):
+    """As at full size, in a fixed order."""
+    monkeypatch.setattr(modulation_kernels, "_MOST_PROGRAMS", 4)
+    assert modulation_kernels.chunks(2, 19) == (10, 2)
+    checks.check_modulation((2, 19, 12), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_geglu(dtype, approximate):
+    for shape in ((7,), (3, 5), (2, 3, 70), (2, 2, 1500)):
+        checks.check_geglu(shape, dtype, "cpu", approximate)

@@ -19,12 +19,6 @@ def test_copies_with_int64_indices(dtype):
     checks.check_copies(checks.SHAPES[0], dtype, "cpu", torch.int64)
 
 
-@pytest.mark.parametrize("shape", checks.SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
-def test_fused(shape, dtype):
-    checks.check_fused(shape, dtype, "cpu")
-
-
 @pytest.mark.parametrize(
     ("tokens", "kept"), [(2, 1), (3, 2), (7, 4), (64, 1), (257, 128), (1000, 333), (5000, 2500), (16384, 8192)]
 )

@@ -82,12 +82,6 @@ ROWS: dict[str, tuple[int, ...]] = {
     "huge": (2**15, 2**8, 2**7, 2**9),
 }
 COPIES = {**ROWS, "no width": (2, 33, 16, 0), "wide": (2, 4, 2, 2**26)}
-MODULATED = {
-    **ROWS,
-    "all kept": (2, 8, 8, 128),
-    **{f"row of {width}": (2, 16, 8, width) for width in (512, 1000, 4096, 8192)},
-    "long": (1, 2**20, 2**20 - 8, 64),
-}
 
 
 @case(
@@ -128,19 +122,6 @@ def route_tables(make: Inputs, batch: int, tokens: int, kept: int, heads: int, w
     y, byp = kernels.enter_route(x, keep)
     taken = kernels.gather_tokens(flags, keep)
     return y, kernels.exit_route(y, byp, keep), taken, kernels.scatter_tokens(flags, taken, keep)
-
-
-@case((*FLOATS, (BF16, FP32), (FP32, BF16)), MODULATED)
-def enter_route_modulate(make: Inputs, batch: int, tokens: int, kept: int, width: int) -> tuple[Tensor, ...]:
-    shift, scale = (make(batch, width, dtype=make.other) for _ in range(2))
-    return kernels.enter_route_modulate(make(batch, tokens, width), make.keep(batch, tokens, kept), shift, scale)
-
-
-@case((*FLOATS, (BF16, FP32), (FP32, BF16)), MODULATED)
-def exit_route_gated(make: Inputs, batch: int, tokens: int, kept: int, width: int) -> Tensor:
-    y, branch = make(batch, kept, width), make(batch, kept, width)
-    gate = make(batch, 1, width, dtype=make.other)
-    return kernels.exit_route_gated(y, branch, gate, make(batch, tokens, width), make.keep(batch, tokens, kept))
 
 
 class _Scale(nn.Module):
@@ -308,6 +289,57 @@ def qk_norm_rope_packed(
     offsets = torch.arange(batch + 1, dtype=torch.int32, device=make.device) * length
     padded = kernels.qk_norm_rope(*given, *text, txt_offsets=offsets, txt_length=length)
     return *padded, *kernels.qk_norm_rope(*given, *text, txt_offsets=offsets, packed_keys=True)
+
+
+# (batch, tokens, width)
+HALVES = {
+    "aligned": (2, 16, 128),
+    "ragged": (3, 7, 13),
+    "empty": (0, 7, 13),
+    "recipe-512": (32, 256, 1792),
+    "recipe-512, routed": (32, 128, 1792),
+    "recipe-1024": (16, 1024, 1792),
+    **{f"row of {width}": (2, 16, width) for width in (512, 1000, 4096, 8192)},
+    "many": (70_000, 2, 8),
+    "huge": (2**15, 2**8, 2**9),
+}
+
+
+@case(NORMED, HALVES)
+def norm_modulate(make: Inputs, batch: int, tokens: int, width: int) -> tuple[Tensor, ...]:
+    """On the way through a block, then as a model's last norm, whose stream ends."""
+    x, h = kernels.norm_modulate(make(batch, tokens, width), make(batch, 2 * width, dtype=make.other))
+    return x, h, kernels.norm_modulate(h, make(batch, 2 * width, dtype=make.other))[1]
+
+
+@case(NORMED, HALVES)
+def residual_gate_norm_modulate(make: Inputs, batch: int, tokens: int, width: int) -> tuple[Tensor, ...]:
+    """Before a gated MLP, whose two products read the norm, then before a single product."""
+    modulation = make(batch, 3 * width, dtype=make.other)
+    x, h, again = kernels.residual_gate_norm_modulate(
+        make(batch, tokens, width), make(batch, tokens, width), modulation
+    )
+    return x, h, again, *kernels.residual_gate_norm_modulate(x, h, modulation)[:2]
+
+
+# (batch, tokens, width); PRX leaves it to Inductor
+GATED = {
+    "aligned": (2, 16, 128),
+    "ragged": (3, 7, 13),
+    "empty": (0, 7, 13),
+    "as in PRX": (32, 256, 6272),
+    "long rows": (2, 3, 5000),
+    "many": (70_000, 2, 8),
+    "huge": (2**15, 2**8, 2**9),
+}
+
+
+@case(FLOATS, GATED)
+def geglu(make: Inputs, batch: int, tokens: int, width: int) -> tuple[Tensor, ...]:
+    """Of two projections; then of one projection's halves, exact."""
+    both = make(batch, tokens, 2 * width)
+    halves = kernels.geglu(*both.chunk(2, dim=-1), approximate="none")
+    return halves, kernels.geglu(make(batch, tokens, width), make(batch, tokens, width))
 
 
 # --- Muon --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from torch._library.custom_ops import OPDEFS
 
 pytest.importorskip("triton")
 
+from prx_kernels.blocks import modulation
+
 from .cases import CASES
 from .pretended_gpu import FakeDisagrees, PretendedGPU
 from .recorder import CAPABILITIES, LaunchRefused, promises
@@ -187,11 +189,10 @@ def test_a_result_that_is_an_input_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_gradient_of_another_dtype_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = run_of("enter_route_modulate", dtypes=BF16)
+    run = run_of("norm_modulate", dtypes=BF16)
     launch(run)
-    fused = home_of(run, "_modulate_kernel")
-    whole = fused._modulate_backward
-    monkeypatch.setattr(fused, "_modulate_backward", lambda *a: tuple(x.float() for x in whole(*a)))
+    whole = modulation._backward
+    monkeypatch.setattr(modulation, "_backward", lambda *a: tuple(x.float() for x in whole(*a)))
     with pytest.raises(AssertionError, match=r"the gradient of .* torch.bfloat16"):
         launch(run)
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prx_kernels.launch import tl
-from prx_kernels.routing import fused, kernels
+from prx_kernels.routing import kernels
 
 from ..ahead_of_time import Build, build
 
 BITS = {2: "*i16", 4: "*i32", 8: "*i64"}
 FLOATS = {2: "*bf16", 4: "*fp32", 8: "*fp64"}
 STRIDES = [f"{tensor}_{axis}" for tensor in ("x", "y", "byp", "grad") for axis in ("batch", "token")]
-SIZES = ["tokens", "kept", "width", "shift_batch", "scale_batch", "gate_batch", *STRIDES]
+SIZES = ["tokens", "kept", "width", *STRIDES]
 
 
 def signature(kernel: Any, element: str, **others: str) -> dict[str, str]:
@@ -39,27 +38,6 @@ def copies(arch: int) -> Iterator[tuple[str, Build]]:
             arguments = signature(kernel, FLOATS[width] if add else BITS[width], keep_ptr="*i32")
             constants = {"ALIGN": 16 // width, "HAS_X": has_x, "HAS_Y": has_y, "ADD": add}
             yield f"merge {width} {constants}", build(kernel, arguments, constants, config, arch)
-
-
-def fused_forms(arch: int, widths: tuple[int, ...]) -> Iterator[tuple[str, Build]]:
-    for width in widths:
-        element, constants = FLOATS[width], {"ALIGN": 16 // width, "ACC": tl.float32}
-        part = "*fp32"
-        for table, kernel, others in (
-            (fused.ROW, fused._modulate_kernel, {"keep_ptr": "*i32", "eps": "fp32"}),
-            (
-                fused.ROW_BACKWARD,
-                fused._modulate_backward_kernel,
-                {"eps": "fp32", "shift_part_ptr": part, "scale_part_ptr": part},
-            ),
-            (fused.ROW, fused._gate_backward_kernel, {"keep_ptr": "*i32", "gate_part_ptr": part}),
-        ):
-            for size, config in table[0]:
-                made = build(kernel, signature(kernel, element, **others), constants, config, arch)
-                yield f"{kernel.__name__} C {size} width {width}", made
-        kernel, config = fused._gated_merge_kernel, dict(kernels.MERGE[0])[width]
-        made = build(kernel, signature(kernel, element, keep_ptr="*i32"), constants, config, arch)
-        yield f"gated merge width {width}", made
 
 
 def sample_keep(arch: int) -> Iterator[tuple[str, Build]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prx_kernels import reference
-from prx_kernels.routing import fused, kernels
+from prx_kernels.routing import kernels
 
 # (batch, tokens, kept, width): ragged in every dimension, tiles that end inside and at the edge, all tokens kept.
 SHAPES = [(2, 7, 3, 5), (1, 2, 1, 1), (2, 33, 16, 70), (2, 17, 17, 64), (1, 300, 290, 17), (1, 18, 9, 264)]
@@ -55,47 +55,6 @@ def same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def check_fused(shape, dtype: torch.dtype, device: str) -> None:
-    """Error against float64 at most twice that of the definition in the same dtype."""
-    batch, tokens, kept, width = shape
-    keep = random_keep(batch, tokens, kept, device)
-    x, grad = (numbers(batch, tokens, n, device=device, dtype=dtype)[..., :width] for n in (width, width + 3))
-    y, branch, grad_y, grad_h = (numbers(batch, kept + n, width, device=device, dtype=dtype)[:, n:] for n in range(4))
-    shift, scale, gate = numbers(batch, 3 * width, device=device, dtype=dtype).chunk(3, dim=1)
-    for launch, definition, arguments in (
-        (fused.launch_enter_modulate, enter_modulate, (x, keep, shift, scale)),
-        (fused.launch_modulate_backward, modulate_backward, (grad_y, grad_h, y, scale)),
-        (launch_exit_gated, exit_gated, (y, branch, gate, x, keep)),
-        (fused.launch_gate_backward, reference.gate_backward, (grad, branch, gate, keep)),
-    ):
-        eps = (1e-6,) if definition in (enter_modulate, modulate_backward) else ()
-        exact = definition(*(a.double() if a.is_floating_point() else a for a in arguments), *eps)
-        formula = definition(*arguments, *eps)
-        for actual, plain, truth in zip(launch(*arguments, *eps), formula, exact, strict=True):
-            assert actual.dtype == plain.dtype
-            # One rounding of the largest value; 64 in float64, where the truth is rounded like the formula.
-            ulps = 1 if dtype != torch.float64 else 64
-            rounding = ulps * torch.finfo(actual.dtype).eps * truth.abs().max()
-            error, allowed = ((t.double() - truth).abs().max() for t in (actual, plain))
-            assert error <= 2 * allowed + rounding, (launch.__name__, shape, dtype, error, allowed)
-
-
-def enter_modulate(x, keep, shift, scale, eps):
-    return reference.enter_route_modulate(x, keep, shift, scale, eps=eps)[:2]
-
-
-def modulate_backward(grad_y, grad_h, y, scale, eps):
-    return reference.modulate_backward(grad_y, grad_h, y, scale, eps=eps)
-
-
-def exit_gated(*arguments):
-    return (reference.exit_route_gated(*arguments),)
-
-
-def launch_exit_gated(*arguments):
-    return (fused.launch_exit_gated(*arguments),)
-
-
 def check_sample_keep(tokens: int, kept: int, device: str) -> None:
     ids = torch.tensor([0, 1, -1, 2**32, 2**32 + 1, 2**62], device=device)
     for seed in (0, -1, 2**40 + 17):
@@ -136,12 +95,8 @@ def check_index_out_of_range(device: str) -> None:
     outside = [[False, True], [True, False]]
     whole = numbers(4, 5, 8, device=device, dtype=torch.float32)
     before, x = whole.clone(), whole[1:3]
-    y, shift = numbers(2, 2, 8, device=device, dtype=torch.float32), numbers(2, 8, device=device, dtype=torch.float32)
+    y = numbers(2, 2, 8, device=device, dtype=torch.float32)
     assert kernels.gather(x, keep).isnan().all(dim=2).tolist() == outside
-    entered, modulated = fused.launch_enter_modulate(x, keep, shift, shift, 1e-6)
-    assert entered.isnan().all(dim=2).tolist() == modulated.isnan().all(dim=2).tolist() == outside
-    rows, _, _ = fused.launch_gate_backward(x, y, shift, keep)
-    assert (rows == 0).all(dim=2).tolist() == outside
     kernels.update(x, y, keep)
     before[1, 0] += y[0, 0]
     before[2, 2] += y[1, 1]

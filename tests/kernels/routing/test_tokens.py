@@ -16,9 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import prx_kernels
 from prx_kernels import (
     enter_route,
-    enter_route_modulate,
     exit_route,
-    exit_route_gated,
     gather_tokens,
     kept_tokens,
     sample_keep,
@@ -110,13 +108,6 @@ def test_gradients_of_each_op_to_second_order(tensors):
         assert torch.autograd.gradgradcheck(function, arguments)
 
 
-def test_gradients_of_the_fused_ops(tensors):
-    x, y, keep = tensors
-    shift, scale, gate = (rows(BATCH, WIDTH) for _ in range(3))
-    assert torch.autograd.gradcheck(enter_route_modulate, (x, keep, shift, scale))
-    assert torch.autograd.gradcheck(exit_route_gated, (y, rows(BATCH, KEPT, WIDTH), gate[:, None], x, keep))
-
-
 def pair(x, keep):
     y, byp = enter_route(x, keep)
     return exit_route(y.tanh() * 2, byp, keep)
@@ -144,19 +135,6 @@ def test_gradients_of_the_pair_with_a_parallel_use_of_x_or_byp(tensors, function
     torch.testing.assert_close(actual, expected)
 
 
-def test_fused_ops_equal_their_parts(tensors):
-    x, y, keep = tensors
-    shift, scale = rows(BATCH, WIDTH), rows(BATCH, WIDTH)
-    kept, h, byp = enter_route_modulate(x, keep, shift, scale)
-    normed = torch.nn.functional.layer_norm(gather_tokens(x, keep), (WIDTH,), eps=1e-6)
-    torch.testing.assert_close(h, normed * (1 + scale[:, None]) + shift[:, None])
-    assert torch.equal(kept, gather_tokens(x, keep))
-    assert byp.data_ptr() == x.data_ptr()
-    torch.testing.assert_close(
-        exit_route_gated(kept, y, scale, byp, keep), exit_route(kept + scale[:, None] * y, x, keep)
-    )
-
-
 @pytest.mark.parametrize("name", ["gather", "scatter", "spread", "clear", "add", "clear_", "add_", "sample_keep"])
 def test_opcheck(tensors, name):
     x, y, keep = tensors
@@ -166,19 +144,6 @@ def test_opcheck(tensors, name):
         "sample_keep": (torch.arange(3), torch.tensor(4), 9, 5),
     }[name]  # fmt: skip
     torch.library.opcheck(getattr(module, f"_{name}"), arguments)
-
-
-def test_opcheck_of_the_fused_ops(tensors):
-    fused = importlib.import_module("prx_kernels.routing.fused")
-    x, y, keep = tensors
-    vector = rows(BATCH, WIDTH)
-    torch.library.opcheck(fused._exit_gated, (y, y, vector, x, keep))
-    # Their gradients are given by a Function and by the op itself: no formula of their own.
-    plain = {"test_utils": ("test_schema", "test_faketensor")}
-    x, y, vector = x.detach(), y.detach(), vector.detach()
-    torch.library.opcheck(fused._enter_modulate, (x, keep, vector, vector, 1e-6), **plain)
-    torch.library.opcheck(fused._modulate_backward, (y, y, y, vector, 1e-6), **plain)
-    torch.library.opcheck(fused._gate_backward, (x, y, vector, keep), **plain)
 
 
 # --- bytes -------------------------------------------------------------------------------------------------------
@@ -296,8 +261,6 @@ X = torch.zeros(1, 4, 3)
         (lambda: sample_keep(torch.arange(2), 1, 0.5, seed=torch.tensor(0)), ValueError, "at least 2 tokens, got 1"),
         (lambda: sample_keep(torch.arange(2), 16385, 0.5, seed=torch.tensor(0)), ValueError, "at most 16384 tokens"),
         (lambda: sample_keep(torch.arange(2), 4, 0.5, seed=torch.arange(2)), ValueError, "seed one element"),
-        (lambda: enter_route_modulate(X, KEEP, X[0], X[0]), ValueError, r"shift must be \(1, 3\)"),
-        (lambda: exit_route_gated(X[:, :2].half(), X[:, :2], X[:, 0], X, KEEP), TypeError, "must have one dtype"),
     ],
 )
 def test_errors_are_sentences(call, error, message):
@@ -317,7 +280,6 @@ def test_kernels_equal_the_definitions_in_the_interpreter(run_interpreted):
 def test_kernels_equal_the_definitions_on_the_gpu(dtype):
     for shape in (*checks.SHAPES, (4, 1024, 512, 1792), (2, 4096, 2048, 1152)):
         checks.check_copies(shape, dtype, "cuda")
-        checks.check_fused(shape, dtype, "cuda")
     for tokens, kept in ((2, 1), (7, 4), (256, 128), (1000, 333), (5000, 2500), (16384, 8192)):
         checks.check_sample_keep(tokens, kept, "cuda")
     checks.check_ties("cuda")
@@ -332,12 +294,11 @@ def test_kernels_build_without_spills_and_copy_by_sixteen_bytes(arch):
     from . import builds
 
     copies = list(builds.copies(arch))
-    fused = list(builds.fused_forms(arch, widths=(2, 4) if arch == 90 else (2,)))
-    for name, made in (*copies, *fused, *builds.sample_keep(arch)):
+    for name, made in (*copies, *builds.sample_keep(arch)):
         print(f"sm_{arch} {name}: {made.registers} registers, {made.stack} spilled, {made.shared} bytes shared")
         assert made.stack == 0, name
         assert made.shared <= ahead_of_time.MAX_SHARED, name
-    for name, made in (*copies, *fused):
+    for name, made in copies:
         assert set(made.accesses("st")) == {16}, name
         # At most four indices a thread, of 4 bytes each; everything else is rows.
         assert set(made.accesses("ld")) <= {4, 16}, name
