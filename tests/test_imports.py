@@ -45,7 +45,7 @@ FLOORS = {
         ("absent_gpu", "denoisers", "measure", "replay"),
         ("summary", "training_step"),
         ("project", "trainer_step"),
-        ("conftest", "figures", "first_step", "profile_step", "test_*", "tune"),
+        ("conftest", "figures", "first_step", "load", "profile_step", "test_*", "tune"),
         ("dry_step", "report"),
         ("step_table",),
     ),

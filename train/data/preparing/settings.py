@@ -24,8 +24,8 @@ class Prepare:
     """What pictures are stored as; lossless is WebP's own. A picture of the right size and format stays as it is."""
     quality: Annotated[int, Range(1, 100)] = 92
     """Of JPEG and WebP."""
-    chroma: Literal["full", "half"] = "half"
-    """Of JPEG: half keeps colours at half the resolution (4:2:0), which is a third smaller and faster to read."""
+    chroma: Literal["full", "half"] = "full"
+    """Of JPEG: half keeps colours at half the resolution (4:2:0), which is a tenth smaller and faster to read."""
     enlarge: Annotated[float, Range(1, 1_000)] = 1.0
     """How many times a picture may be made larger than it is; those that need more are dropped as too small."""
     image_column: str = "image"

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -225,3 +226,25 @@ def test_a_parquet_file_whose_column_names_are_not_utf8_is_told(tmp_path: Path) 
     at = content.rindex(b"image", 0, content.rindex(b"ARROW:schema"))
     (tmp_path / "a.parquet").write_bytes(content[:at] + b"im\x80ge" + content[at + 5 :])
     assert "a.parquet: its list of columns cannot be read" in sentence(lambda: open_images(tmp_path))
+
+
+def test_a_split_column_that_is_not_utf8_is_no_split(tmp_path: Path) -> None:
+    """Found by fuzzing, as the next one."""
+    splits = pa.StringArray.from_buffers(
+        3, pa.py_buffer(np.array([0, 5, 7, 12], np.int32)), pa.py_buffer(b"train\xff\xfetrain")
+    )
+    columns = {"image": [plain(n) for n in range(3)], "caption": ["a", "b", "c"], "split": splits}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    index = open_images(tmp_path)
+    assert [index.row(n).columns["caption"] for n in range(len(index))][:1] == ["a"]
+    assert len(index) in (2, 3)
+
+
+def test_a_file_name_with_a_null_byte_is_a_picture_without_a_size(tmp_path: Path) -> None:
+    write_folder(tmp_path, [{"file_name": "a.png", "caption": "a"}])
+    with (tmp_path / "captions.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "b\0.png", "caption": "b"}) + "\n")
+    index = open_images(tmp_path)
+    assert index.sizes("width", "height").tolist()[1] == [0, 0]
+    with pytest.raises(BadSample):
+        index.row(1)

@@ -120,8 +120,8 @@ def test_no_picture_is_read_to_open_a_prepared_set(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("settings", "formats", "ending"),
     [
-        ({}, {"JPEG"}, "JPEG 4:2:0"),
-        ({"chroma": "full"}, {"JPEG"}, "JPEG 4:4:4"),
+        ({}, {"JPEG"}, "JPEG 4:4:4"),
+        ({"chroma": "half"}, {"JPEG"}, "JPEG 4:2:0"),
         ({"format": "webp"}, {"WEBP"}, "webp"),
         ({"format": "lossless"}, {"WEBP"}, "lossless"),
     ],
