@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from train.commandline import DryRun, parse
+from train.commandline import DryRun, parse, read_options
+from train.data.preparing.settings import Prepare
 from train.errors import UserError
 from train.recipes import prx_512, prx_1024
 from train.run.plan import project
@@ -71,6 +72,10 @@ def _wrong_options(path: Path, rest: list[str]) -> str:
     if path.as_posix() in RECIPE and rest != ["--help"]:
         own = OWN.get(path.as_posix(), set())
         parse(["--dry-run" if word in own else word for word in rest if word != "--dry-run"] + ["--dry-run"])
+        return ""
+    if path.as_posix() == "train/prepare.py":
+        first = next(n for n, word in enumerate(rest) if word.startswith("-"))
+        read_options(Prepare, args=rest[first:], prog="prepare.py", description="")
         return ""
     source = (ROOT / path).read_text()
     options = {
