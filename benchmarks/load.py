@@ -2,6 +2,8 @@
 
     python -m benchmarks.load                                   # the tables of train/README.md, "Data, prepared once"
     python -m benchmarks.load --rows 10000000 --files 1200      # opening so many tiny pictures too (700 MB of disk)
+    python -m benchmarks.load --pictures 0 --tars 1000          # opening so many tar files of 20 tiny pictures
+    python -m benchmarks.load --pictures 0 --steps 10000        # a tiny run with two workers: memory, files, step time
 
 Seconds are those of the process, so that others on the machine do not count. Pictures are like generated ones in what
 they cost: amplitude 1 / frequency^1.5, the same in the three colours but for a tenth, which at 1024 px gives about the
@@ -11,7 +13,12 @@ larger than memory each picture reads its row group anew, though from the system
 
 import argparse
 import io
+import os
+import re
 import resource
+import subprocess
+import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -191,11 +198,68 @@ def opening(folder: Path, rows: int, files: int) -> Iterator[str]:
             )
 
 
+def opening_tars(folder: Path, files: int) -> Iterator[str]:
+    """Seconds of opening tar files, and of reading their samples in training's order."""
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(stream, "PNG")
+    for number in range(files):
+        with tarfile.open(folder / f"train-{number:05d}.tar", "w") as tar:
+            for sample in range(20):
+                for ending, content in (("png", stream.getvalue()), ("txt", b"a caption")):
+                    member = tarfile.TarInfo(f"{number:05d}-{sample:02d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    began = time.monotonic()
+    dataset = ImageDataset(open_images(folder), height=32, width=32, seed=0)
+    opened = time.monotonic() - began
+    positions = iter(range(10**9))
+    speed = rate(lambda: len([dataset[next(positions)] for _ in range(20)]))
+    yield f"| {len(dataset):,} samples, {files:,} tar files | {opened:.1f} s | {speed:,.0f} pictures/s read |"
+
+
+def endurance(folder: Path, steps: int) -> Iterator[str]:
+    """A tiny run with two workers: at its tenths what it holds, and steps a second."""
+    tiny = "--model.hidden-size 32 --model.num-heads 1 --model.axes-dim 16 16 --model.depth 2 --model.context-in-dim 32"
+    few = "--train.batch 8 --data.workers 2 --evaluation.prompts 8 --evaluation.images 8 --evaluation.grid 2"
+    rare = f"--evaluation.every {steps} --checkpoint.every {max(1, steps // 5)} --model.bottleneck-size 16"
+    words = [*f"shapes --train.steps {steps} --routing.no-enabled {tiny} {few} {rare}".split(), "--output.folder"]
+    script = Path(__file__).resolve().parents[1] / "train/speedrun.py"
+    run = subprocess.Popen(
+        [sys.executable, str(script), *words, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.stdout is not None
+    due, began, before = 0, time.monotonic(), 0
+    for line in run.stdout:
+        found = re.match(r"step (\d+)/", line)
+        if not found or int(found[1]) < due:
+            continue
+        step, due = int(found[1]), int(found[1]) + steps // 10
+        workers = [int(word) for word in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        sizes = [size for size in map(_megabytes, workers) if size > 20]  # multiprocessing's own child is small
+        held = ", ".join(f"{size:,.0f}" for size in sizes)
+        opened = len(os.listdir(f"/proc/{run.pid}/fd"))
+        speed = (step - before) / (time.monotonic() - began)
+        yield f"| {step:,} | {_megabytes(run.pid):,.0f} MB; {held} MB | {opened} | {speed:.1f} |"
+        began, before = time.monotonic(), step
+    yield f"\nexit code {run.wait()}"
+
+
+def _megabytes(process: int) -> float:
+    """Its share of memory, where pages that several hold are shared out."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=400, help="of about 1024 px to prepare and read")
     parser.add_argument("--rows", type=int, default=0, help="of tiny pictures to open; 0 leaves this out")
     parser.add_argument("--files", type=int, default=1200)
+    parser.add_argument("--tars", type=int, default=0, help="tar files of 20 tiny pictures to open")
+    parser.add_argument("--steps", type=int, default=0, help="of a tiny run whose memory is watched")
     given = parser.parse_args()
     machine = describe()
     print(f"{machine['host_cpu']}, {machine['host_cores']} cores")
@@ -214,6 +278,15 @@ def main() -> None:
         if given.rows:
             print("\n| opened | seconds | memory |\n|---|---|---|", flush=True)
             for line in opening(Path(folder), given.rows, given.files):
+                print(line, flush=True)
+        if given.tars:
+            (Path(folder) / "tars").mkdir()
+            print("\n| opened | seconds | then |\n|---|---|---|", flush=True)
+            for line in opening_tars(Path(folder) / "tars", given.tars):
+                print(line, flush=True)
+        if given.steps:
+            print("\n| step | memory of trainer; workers | open files | steps/s |\n|---|---|---|---|", flush=True)
+            for line in endurance(Path(folder) / "runs", given.steps):
                 print(line, flush=True)
 
 
