@@ -60,7 +60,7 @@ def test_base_dependencies_are_torch_and_triton_alone(metadata: Message) -> None
     base = {line for line in lines if "extra ==" not in line}
     assert {re.split(r"[<>=;\s]", line)[0] for line in base} == {"torch", "triton"}
     assert [line for line in base if line.startswith("triton") and "linux" not in line] == []
-    assert set(metadata.get_all("Provides-Extra") or []) == {"model", "train", "flash"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"model", "train", "flash", "hf", "s3", "gcs"}
 
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not the environment that `uv sync` makes")

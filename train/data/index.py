@@ -6,10 +6,11 @@ Opening reads names, sizes and the small columns' headers only; picture bytes ar
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from train.data.formats.folder import FolderIndex
 from train.data.formats.mds import INDEX, MdsIndex
+from train.data.formats.object_stores import scheme_of
 from train.data.formats.parquet import ParquetIndex
 from train.data.formats.storage import Storage, expand, is_url
 from train.data.formats.webdataset import TarIndex
@@ -39,7 +40,8 @@ def open_images(
       tar_members.py the rule for names with more); the picture is known by its ending, captions are `.txt` files or
       fields of `.json`;
     - a folder with the `index.json` of MDS (there, or in folders below it), or that file itself;
-    - parquet and tar files by a pattern, `shard-{000000..000127}.tar`, on a disk or at an http(s) address;
+    - parquet and tar files by a pattern, `shard-{000000..000127}.tar`, on a disk or at an address;
+    - of the hub, S3 and Google Cloud a folder of these, too: `hf://datasets/owner/name`, `s3://bucket/a`, `gs://bucket/a`;
     - a folder with `captions.jsonl` or `metadata.jsonl` (there, or in sub-folders named as splits), one object a line:
       `file_name` (or `file`, `image`, `path`, or what `image_column` says), relative to the JSONL, and the captions.
 
@@ -59,7 +61,9 @@ def open_images(
 
     shown = address(path) if is_url(path) else path
     if "://" in str(path) and not is_url(path):
-        raise UserError(f"{address(path)} is no address that can be read here; give one of http or https, or a path")
+        raise UserError(
+            f"{address(path)} is no address that can be read here; give one of http, https, hf, s3 or gs, or a path"
+        )
 
     def shards(files: Mapping[str, Path | str]) -> ImageIndex:
         if next(iter(files)).lower().endswith(".tar"):
@@ -71,6 +75,8 @@ def open_images(
 
     if is_url(path) and str(path).partition("?")[0].endswith(f"/{INDEX}"):
         return mosaic({INDEX: str(path)})
+    if scheme_of(path) and "{" not in str(path) and Path(str(path)).suffix.lower() not in _SHARDS:
+        return _in_store(str(path), storage.files(str(path)), shards, mosaic)
     if is_url(path) or ("{" in str(path) and not Path(path).exists()):
         return shards(_by_pattern(str(path)))
     path = Path(path)
@@ -120,6 +126,28 @@ def _in_folder(
     raise UserError(
         f"{path} {f'holds only {listed}' if listed else 'is an empty folder'}; it needs parquet or tar files, "
         f"or {' or '.join(_JSONL_NAMES)} beside the pictures"
+    )
+
+
+def _in_store(
+    folder: str,
+    files: Mapping[str, Path | str],
+    shards: Callable[[Mapping[str, Path | str]], ImageIndex],
+    mosaic: Callable[[Mapping[str, Path | str]], ImageIndex],
+) -> ImageIndex:
+    """The index of a folder in an object store; picture files by themselves would be a request each."""
+    kinds = {kind: {n: f for n, f in files.items() if n.lower().endswith(kind)} for kind in _SHARDS}
+    found = [kind for kind in _SHARDS if kinds[kind]]
+    if len(found) > 1:
+        raise UserError(f"{address(folder)} holds both parquet and tar files; give the folder of one")
+    if found:
+        return shards(kinds[found[0]])
+    listed = {name: file for name, file in files.items() if PurePosixPath(name).name == INDEX}
+    if listed:
+        return mosaic(listed)
+    raise UserError(
+        f"{address(folder)} holds {listing(files)}; of an object store parquet, tar and MDS files are read, so make "
+        "shards of single pictures first (train/prepare.py, from a copy on a disk)"
     )
 
 

@@ -21,7 +21,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from train.data.formats.mds_cells import IMAGES, SCALARS, cell_of, picture_of, picture_size
-from train.data.formats.storage import MissingFile, Storage, is_url
+from train.data.formats.storage import Storage, is_url
+from train.data.formats.storage_errors import MissingFile
 from train.data.rows import (
     Account,
     BadSample,

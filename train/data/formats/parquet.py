@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from train.data.formats.storage import MissingFile, Storage, is_url
+from train.data.formats.storage import Storage, is_url
+from train.data.formats.storage_errors import MissingFile
 from train.data.rows import (
     SPLIT_COLUMN,
     Account,

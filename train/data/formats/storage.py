@@ -1,4 +1,4 @@
-"""Bytes of files on a disk or behind http(s): sizes, ranges and file objects, with time limits and retries.
+"""Bytes of files on a disk, behind http(s) or in object stores: sizes, ranges and file objects, with retries.
 
 A remote server that drops, stalls or is overloaded is asked again with growing, random pauses; one that stays so ends
 in one sentence. Local files go straight to the operating system.
@@ -16,6 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from train.data.formats.object_stores import ObjectStores, scheme_of
+from train.data.formats.storage_errors import MissingFile, StorageError
 from train.data.rows import short
 from train.errors import UserError
 from train.shown import address
@@ -34,17 +36,9 @@ _MOST_NAMES = 1_000_000
 """That a brace pattern may stand for."""
 
 
-class StorageError(UserError):
-    """Storage that could not be reached, though it was asked several times: the run cannot go on."""
-
-
-class MissingFile(StorageError):
-    """The storage answers, and has no such file."""
-
-
 def is_url(path: Path | str) -> bool:
-    """Whether a path is an http or https address."""
-    return str(path).lower().startswith(("http://", "https://"))
+    """Whether a path is an address: of http or https, or of an object store."""
+    return str(path).lower().startswith(("http://", "https://")) or scheme_of(path) is not None
 
 
 def expand(pattern: str) -> list[str]:
@@ -94,6 +88,8 @@ class Storage:
     def size(self, name: Path | str) -> int:
         """Bytes of a file. Raises MissingFile, StorageError."""
         if is_url(name):
+            if scheme_of(name):
+                return self._stores().size(str(name))
             state = self._process()
             if str(name) not in state.sizes:
                 self._get(str(name), 0, 1)
@@ -107,6 +103,8 @@ class Storage:
         """`length` bytes from `start` on, fewer at the file's end. Raises MissingFile, StorageError."""
         if length <= 0:
             return b""
+        if scheme_of(name):
+            return self._stores().read(str(name), start, length)
         if is_url(name):
             return self._get(str(name), start, length)
         try:
@@ -122,6 +120,16 @@ class Storage:
             return Path(name).open("rb")
         except OSError as error:
             raise MissingFile(f"{name} cannot be read ({error.strerror}); put it back, or give another path") from None
+
+    def files(self, folder: str) -> dict[str, str]:
+        """Addresses of the files below a folder of an object store by their names. Raises MissingFile, StorageError."""
+        return self._stores().files(folder)
+
+    def _stores(self) -> ObjectStores:
+        process = self._process()
+        if process.stores is None:
+            process.stores = ObjectStores(self.timeout, self.tries)
+        return process.stores
 
     def _process(self) -> "_Process":
         if self._state is None or self._state.pid != os.getpid():
@@ -292,6 +300,7 @@ class _Process:
         self.whole: OrderedDict[str, bytes] = OrderedDict()
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._pool: Any = None
+        self.stores: ObjectStores | None = None
 
     def pread(self, name: str, start: int, length: int) -> bytes:
         with self._lock:  # so that no other thread closes the file meanwhile

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.formats.cells import JSON, Cells, cells_of
-from train.data.formats.storage import MissingFile, Storage, is_url
+from train.data.formats.storage import Storage, is_url
+from train.data.formats.storage_errors import MissingFile
 from train.data.formats.tar_members import (
     BLOCK,
     PICTURES,
