@@ -122,7 +122,7 @@ def test_the_plan_of_the_whole_run_has_the_published_size() -> None:
         (["shapes", "--train.device", "cuda"], "no CUDA device is visible"),
         (["shapes", "--train.attention", "varlen"], "needs a CUDA device"),
         (["shapes", "--routing.enabled", "--routing.end", "9"], "the model has blocks 0 to 3"),
-        (["prx-512", "--data.path", "tests"], "tests holds only"),
+        (["prx-512", "--data.path", "docs"], "docs holds only"),
     ],
 )
 def test_bad_input_is_one_sentence_with_code_2(arguments: list[str], sentence: str, tmp_path) -> None:
