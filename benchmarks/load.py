@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.machine import describe
+from benchmarks.photographs import photograph
 from train.data.buckets import bucket_sizes
 from train.data.formats import parquet
 from train.data.index import open_images
@@ -43,22 +44,10 @@ from train.data.readers import ImageDataset, decode
 
 _PICTURES = 16
 """Different ones, which are repeated: their costs are alike."""
-_FALL = 1.5
-"""Of amplitude with frequency."""
+_SMOOTH: dict[str, Any] = {"fall": 1.5, "colour": 0.1}
+"""See `photograph`: like the recipe's generated pictures in what they cost."""
 _SECONDS = 2.0
 """Of each measurement, at least."""
-
-
-def photograph(height: int, width: int, seed: int) -> Image.Image:
-    """A picture with the spectrum of smooth photographs, whose colours go together as theirs do."""
-    rng = np.random.default_rng(seed)
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))
-    frequency[0, 0] = 1
-    grey, *colours = (
-        np.fft.ifft2(np.fft.fft2(rng.normal(size=(height, width))) / frequency**_FALL).real for _ in range(4)
-    )
-    planes = [grey / grey.std() + 0.1 * colour / colour.std() for colour in colours]
-    return Image.fromarray((128 + 50 * np.stack(planes, axis=-1)).clip(0, 255).astype(np.uint8))
 
 
 def rate(call: Callable[[], int]) -> float:
@@ -127,7 +116,7 @@ def write_raw(folder: Path, count: int, group: int) -> int:
     contents = []
     for seed in range(_PICTURES):
         stream = io.BytesIO()
-        photograph(*shapes[seed % len(shapes)], seed).save(stream, "JPEG", quality=92)
+        photograph(*shapes[seed % len(shapes)], seed, **_SMOOTH).save(stream, "JPEG", quality=92)
         contents.append(stream.getvalue())
     table = pa.table(
         {"image": [contents[n % _PICTURES] for n in range(count)], "caption": ["a caption of a picture"] * count}
@@ -269,7 +258,7 @@ def main() -> None:
             print("\n| one core | bytes a picture | pictures/s |\n|---|---|---|", flush=True)
             for what, size, speed in throughput(Path(folder), given.pictures):
                 print(f"| {what} | {size:,} | {speed:,.0f} |", flush=True)
-            content = encode(photograph(512, 512, 0), Prepare())
+            content = encode(photograph(512, 512, 0, **_SMOOTH), Prepare())
             print(f"\n| decoder, 512 px JPEG of {len(content):,} bytes | pictures/s |\n|---|---|", flush=True)
             for name, speed in decoders(content):
                 print(f"| {name} | {speed:,.0f} |", flush=True)

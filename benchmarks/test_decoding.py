@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from benchmarks.photographs import photograph
 from train.data.index import open_images
 from train.data.readers import decode
 
@@ -24,21 +24,9 @@ pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
 
 
-def photo(size: int) -> Image.Image:
-    """A picture with the spectrum of photographs, amplitude 1/frequency, which costs a JPEG decoder what those do."""
-    rng = np.random.default_rng(0)
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
-    frequency[0, 0] = 1
-    planes = []
-    for _ in range(3):
-        plane = np.fft.ifft2(np.fft.fft2(rng.normal(size=(size, size))) / frequency).real
-        planes.append(128 + 50 * plane / plane.std())
-    return Image.fromarray(np.stack(planes, axis=-1).clip(0, 255).astype(np.uint8))
-
-
 def stored(size: int, format: str) -> bytes:
     stream = io.BytesIO()
-    photo(size).save(stream, format, **({} if format == "PNG" else {"quality": 92}))
+    photograph(size, size, 0).save(stream, format, **({} if format == "PNG" else {"quality": 92}))
     return stream.getvalue()
 
 

@@ -40,7 +40,7 @@ FLOORS = {
         ("ablate", "doctor", "export", "generate", "precompute_text", "prepare", "speedrun"),
     ),
     "benchmarks": (
-        ("clock", "learning", "peers", "plain_prx", "roofline"),
+        ("clock", "learning", "peers", "photographs", "plain_prx", "roofline"),
         ("collectives", "flop_table", "machine", "passes", "sizes", "tiles", "traffic"),
         ("absent_gpu", "denoisers", "measure", "replay"),
         ("summary", "training_step"),

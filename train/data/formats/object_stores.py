@@ -38,7 +38,7 @@ Found = TypeVar("Found")
 def scheme_of(path: object) -> str | None:
     """The scheme of an object store's address, None for everything else."""
     found = re.match(r"(\w+)://", str(path))
-    scheme = found[1].lower() if found else ""
+    scheme = found[1] if found else ""  # in small letters, as the libraries want it
     return scheme if scheme in EXTRAS else None
 
 

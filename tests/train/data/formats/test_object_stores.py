@@ -216,25 +216,33 @@ except UserError as error:
 
 
 @pytest.mark.timeout(180)
-def test_a_data_set_of_the_hub_is_read_by_ranges(tmp_path: Path) -> None:
-    pytest.importorskip("huggingface_hub")
+def test_a_data_set_of_the_hub_is_read_by_ranges_and_prepared(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.mktemp("prepared")
     write_parquet(tmp_path / "data/train-0.parquet", 6)
     Hub.folder, Hub.refuse = tmp_path, 1
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def told(path: str) -> Any:
-        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "PATH": "", "HF_HOME": str(tmp_path)}
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, path], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "PATH": "", "HF_HOME": str(tmp_path)}
+
+    def run(*words: str) -> str:
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        return done.stdout
+
+    def told(path: str) -> Any:
+        return json.loads(run("-c", PROGRAM, path).splitlines()[-1])
 
     try:
         expected = json.loads(json.dumps(pixels(tmp_path / "data")))
         assert told("hf://datasets/someone/pictures") == expected
         assert np.array([bool(asked) for asked in Hub.ranges]).all(), "a whole file was read"
+        options = ["--sizes", "32", "--enlarge", "4", "--rows", "3", "--workers", "2"]
+        run("train/prepare.py", "hf://datasets/someone/pictures", "--out", str(out), *options)
+        prepared = open_images(out / "32")
+        assert [prepared.row(n).columns["source"] for n in range(len(prepared))] == ["pictures"] * 6
         gated = told("hf://datasets/someone/gated")
         assert "hf://datasets/someone/gated" in gated
         assert "run `hf auth login` or set HF_TOKEN, and accept the terms" in gated
