@@ -47,12 +47,18 @@ def set_aside(path: Path, bad: list[bytes]) -> str:
     return f"{path} held {len(bad)} lines that are no JSON objects (a crash may have cut them); they are in {kept}"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def write_whole(path: Path, content: str | bytes, *, aside: Path | None = None) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part, whoever else writes it.
+
+    Args:
+        path: of the file.
+        content: text in UTF-8, or bytes.
+        aside: a folder on the same disk where a part may be left by a kill; the file's own unless given.
+    """
+    temporary = (aside or path.parent) / f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as file:
-            file.write(text.encode())
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -4,6 +4,7 @@ Reading them may mean reading all pictures. They are kept in the index cache, el
 where the set is made of files that are written once: shards. Where neither can be written each process reads them.
 """
 
+import io
 import os
 import sys
 import time
@@ -19,6 +20,7 @@ from train.data.formats.storage import is_url
 from train.data.mixture import MixedIndex
 from train.data.rows import ImageIndex, sha256
 from train.shown import tell
+from train.side_files import write_whole
 
 BESIDE = ".sizes"
 """Folder beside the data."""
@@ -47,7 +49,9 @@ def picture_sizes(index: ImageIndex, columns: tuple[str, str], cache: Path | Non
                 if not told:
                     said = f"reading the sizes of {len(index):,} pictures, once; they are kept in {kept.parent}"
                     tell(said, file=sys.stderr)
-                _write(kept, index.sizes(*columns))
+                stream = io.BytesIO()
+                np.save(stream, index.sizes(*columns))
+                write_whole(kept, stream.getvalue())
     sizes: NDArray[np.int32] = np.load(kept, allow_pickle=False)
     return sizes
 
@@ -70,14 +74,3 @@ def _can_hold(kept: Path) -> bool:
     except OSError:
         return False
     return os.access(kept.parent, os.W_OK)
-
-
-def _write(kept: Path, sizes: NDArray[np.int32]) -> None:
-    temporary = kept.with_suffix(f".{os.uname().nodename}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, sizes)
-        os.replace(temporary, kept)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

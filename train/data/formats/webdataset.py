@@ -51,7 +51,7 @@ from train.data.rows import (
 from train.data.sizes import upright_size
 from train.errors import UserError
 from train.shown import address
-from train.side_files import parse_json
+from train.side_files import parse_json, write_whole
 
 _FIRST_SAMPLES = 32
 """Samples of the first shard whose text files and JSON fields say which columns there are."""
@@ -314,8 +314,7 @@ def _cache_file(folder: Path, file: Path | str, storage: Storage, asked: Sequenc
 
 def _write_cache(kept: Path, shard: _Shard) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(f".{os.getpid()}.tmp")
     rest = {name: value for name, value in vars(shard).items() if name != "spans"}
-    with temporary.open("wb") as file:
-        np.savez(file, spans=shard.spans, rest=json.dumps(rest))
-    os.replace(temporary, kept)
+    stream = io.BytesIO()
+    np.savez(stream, spans=shard.spans, rest=json.dumps(rest))
+    write_whole(kept, stream.getvalue())

@@ -1,5 +1,6 @@
 """What needs all units: duplicates, which only then are known, the shards' last form, and the manifest."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.data.preparing.plan import MANIFEST, Plan, Unit
-from train.data.preparing.shards import sha256_of, temporary, without
-from train.data.preparing.units import UnitRecord, write_bytes
+from train.data.preparing.shards import sha256_of, without
+from train.data.preparing.units import UnitRecord
+from train.side_files import write_whole
 
 DROPPED = "dropped.jsonl"
 _DUPLICATE = {1: "duplicate key", 2: "duplicate picture"}
@@ -43,11 +45,9 @@ def find_duplicates(plan: Plan, beat: Callable[[], None]) -> None:
         rows = np.flatnonzero(kinds)
         found[str(side)] = np.stack([numbers[rows], within[rows], kinds[rows]], axis=1).astype(np.int64)
         beat()
-    file = duplicates_file(plan)
-    written = temporary(file)
-    with written.open("wb") as opened:
-        np.savez(opened, allow_pickle=False, **found)
-    written.replace(file)
+    stream = io.BytesIO()
+    np.savez(stream, allow_pickle=False, **found)
+    write_whole(duplicates_file(plan), stream.getvalue())
 
 
 def _kinds(keys: NDArray[np.uint64], digests: NDArray[np.uint64]) -> NDArray[np.uint8]:
@@ -112,9 +112,7 @@ def settle(plan: Plan, unit: Unit, duplicates: dict[int, NDArray[np.int64]]) -> 
             "bytes": told["bytes"],
             "sha256": told["sha256"],
         }
-    write_bytes(
-        plan.settled(unit), json.dumps({"rows": record.told["rows"], "shards": shards, "list": listed}).encode()
-    )
+    write_whole(plan.settled(unit), json.dumps({"rows": record.told["rows"], "shards": shards, "list": listed}))
     for side in plan.settings.sizes:
         plan.draft(unit, side).unlink(missing_ok=True)
 
@@ -147,8 +145,8 @@ def finish(plan: Plan) -> dict[str, Any]:
         lines += [json.dumps(entry).encode() + b"\n" for entry in settled["list"]]
     manifest["left out"] = [problem for source in plan.sources for problem in source.index.problems]
     manifest["sizes"] = sizes
-    write_bytes(plan.out / DROPPED, b"".join(lines), plan.work)
-    write_bytes(plan.out / MANIFEST, json.dumps(manifest, indent=1).encode(), plan.work)
+    write_whole(plan.out / DROPPED, b"".join(lines), aside=plan.work)
+    write_whole(plan.out / MANIFEST, json.dumps(manifest, indent=1), aside=plan.work)
     shutil.rmtree(plan.work, ignore_errors=True)
     return manifest
 

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 
 from train.data.preparing.pictures import Maker, Outcome
 from train.data.preparing.plan import Plan, Unit
-from train.data.preparing.shards import ShardWriter, sha256_of, temporary
+from train.data.preparing.shards import ShardWriter, sha256_of
+from train.side_files import write_whole
 
 _BEAT = 5.0
 """Seconds between two signs of life."""
@@ -105,7 +105,7 @@ class _Record:
             arrays[f"place-{side}"] = np.frombuffer(text, np.uint8)
         stream = io.BytesIO()
         np.savez_compressed(stream, allow_pickle=False, **arrays)
-        write_bytes(file, stream.getvalue())
+        write_whole(file, stream.getvalue())
 
 
 class UnitRecord:
@@ -130,20 +130,6 @@ class UnitRecord:
     def places(self, side: int) -> list[str]:
         found: list[str] = json.loads(self._loaded[f"place-{side}"].tobytes())
         return found
-
-
-def write_bytes(file: Path, content: bytes, aside: Path | None = None) -> None:
-    """Write a file so that it is there whole or not at all, whoever else writes it; `aside` is where a part may lie."""
-    written = temporary(file if aside is None else aside / file.name)
-    try:
-        with written.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(written, file)
-    except BaseException:
-        written.unlink(missing_ok=True)
-        raise
 
 
 def _digest(text: str) -> bytes:
